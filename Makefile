@@ -1,0 +1,69 @@
+# Everything runs in .venv, which is made here and reused: a second run installs nothing unless the files in SETUP changed.
+# Other Python: `make demo PYTHON=python3.12`. Some tests only: `make test ARGS="-k gates"`.
+PYTHON ?= python3
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := runs/demo
+SETUP  := settings.ini constraints.txt setup.py pyproject.toml
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab chat bench notebooks clean
+
+help: ## show this list
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+demo: $(VENV)/.runtime ## from raw text to an assistant, on this machine, without network; result in runs/demo
+	@echo "==> Training a small GPT from nothing and tuning it to follow instructions (a few minutes on two cores) …"
+	$(BIN)/nanogpt speedrun --out $(DEMO)
+	@echo "==> Done. Talk to it: make chat"
+
+test: $(VENV)/.dev ## run every test: notebooks, gates, and what notebooks cannot show
+	@echo "==> Running all tests (under 20 minutes on two cores) …"
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(VENV)/.runtime ## open the lessons in JupyterLab
+	@if ls lessons/*.ipynb >/dev/null 2>&1; then dir=lessons; echo "==> Opening the lessons in JupyterLab (stop with Ctrl-C) …"; \
+	else dir=nbs; echo "==> The learner's edition is not built yet: opening the notebooks in nbs/ instead (stop with Ctrl-C) …"; fi; \
+	$(BIN)/jupyter lab --notebook-dir=$$dir $(ARGS)
+
+chat: $(VENV)/.runtime ## talk to the model of `make demo` in the terminal
+	@test -d $(DEMO)/tuned || { echo "There is no trained model in $(DEMO)/tuned yet. First run: make demo"; exit 1; }
+	@echo "==> Talking to $(DEMO)/tuned (leave with Ctrl-D) …"
+	$(BIN)/nanogpt chat --terminal --model $(DEMO)/tuned
+
+bench: $(VENV)/.runtime ## measure training and generation speed on this machine
+	@echo "==> Measuring training …"
+	$(BIN)/nanogpt bench train $(ARGS)
+	@echo "==> Measuring generation …"
+	$(BIN)/nanogpt bench generate $(ARGS)
+
+notebooks: $(VENV)/.dev ## write nanogpt/ from nbs/ and clean the notebooks (run it before you commit)
+	@echo "==> Exporting nbs/ to nanogpt/ and cleaning the notebooks …"
+	$(BIN)/nbdev-export
+	$(BIN)/nbdev-clean
+
+clean: ## delete what tools leave behind (runs/ and .venv stay)
+	@echo "==> Deleting build folders and caches; runs/ and $(VENV) stay (delete them by hand to start afresh) …"
+	rm -rf build dist *.egg-info _proc .pytest_cache .ruff_cache
+	find nbs nanogpt tests lessons -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+$(BIN)/python:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { echo "nanogpt needs Python 3.10 to 3.13, but there is no '$(PYTHON)' here: install one, or name it with make PYTHON=/path/to/python3"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo "nanogpt needs Python 3.10 to 3.13, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1): name another one with make PYTHON=/path/to/python3"; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "'$(PYTHON)' comes without its venv module: install it (on Debian and Ubuntu: apt install python3-venv) and try again"; exit 1; }
+	@echo "==> Making $(VENV) with $$($(PYTHON) -V) …"
+	@"$(PYTHON)" -m venv $(VENV) || { rm -f $@; exit 1; }
+
+# The stamps are written last, so an install that was interrupted is done again.
+$(VENV)/.runtime: $(SETUP) | $(BIN)/python
+	@echo "==> Installing nanogpt and what it needs into $(VENV) (some minutes the first time: PyTorch is large) …"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "==> Adding what the tests need …"
+	@$(PIP) -e ".[dev]"
+	@touch $@

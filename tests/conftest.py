@@ -1,0 +1,31 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+@pytest.fixture
+def root(): return ROOT
+
+@pytest.fixture
+def run_folder(tmp_path):
+    "A folder a test may train into; it is gone afterwards."
+    return tmp_path/"run"
+
+@pytest.fixture
+def env():
+    "The environment of a child process: the source tree on the path, few threads, no network, pictures without a screen."
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUTF8": "1",
+            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+@pytest.fixture
+def data_home():
+    "The folder of real data, for tests that need it; everything else must pass without."
+    folder = os.environ.get("NANOGPT_DATA")
+    if not folder: pytest.skip("NANOGPT_DATA is not set: this test reads real data (CONTRIBUTING.md says which)")
+    if not Path(folder).is_dir(): pytest.skip(f"NANOGPT_DATA={folder} is not a folder: this test reads real data")
+    return Path(folder)
