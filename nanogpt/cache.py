@@ -27,7 +27,7 @@ class KVCache:
             raise ShapeError(f"a cache of {self.length} tokens exceeds the context of {cfg.block_size}", f"ask for ≤ {cfg.block_size}")
         shape = cfg.n_layer, rows, cfg.n_head, self.length, cfg.n_embd//cfg.n_head
         make = dict(device=like.device, dtype=like.dtype) if like is not None else {}
-        self.k,self.v = torch.empty(shape, **make),torch.empty(shape, **make)
+        self.k,self.v = torch.zeros(shape, **make),torch.zeros(shape, **make) # not empty: 0 × a leftover NaN is NaN
         self.n = torch.zeros(rows, dtype=torch.long, device=self.k.device) # (B) tokens seen by each row
         self.top,self.even = 0,True                                        # the longest row; are all rows equally long?
     def positions(self, B, T, device):

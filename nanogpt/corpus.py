@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import socket
 import sysconfig
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -98,7 +99,7 @@ def _pydocs():
 # %% ../nbs/03b_corpus.ipynb #4f4f110f
 def unwrap(
     text:str,    # a whole text file
-)->list:         # (paragraphs or lines, the glue between them)
+)->tuple:        # (paragraphs or lines, the glue between them)
     "Join the lines of a wrapped text into paragraphs; a text with one line for each paragraph or verse stays as it is."
     lines = text.replace("\r\n", "\n").split("\n")
     inner = [a.rstrip() for a,b in zip(lines, lines[1:], strict=False) if a.strip() and b.strip()]
@@ -142,9 +143,7 @@ _OWN = ("tales", "pydocs")
 _READABLE = (".txt", ".jsonl", ".parquet")
 
 # %% ../nbs/03b_corpus.ipynb #a28d0678
-def _data(name):
-    home = os.environ.get("NANOGPT_DATA")
-    return Path(home).expanduser()/name if home and name else None
+def _data(name): return Path(home).expanduser()/name if (home := os.environ.get("NANOGPT_DATA")) and name else None
 
 def locate(
     name:str, # a registered name, a file, a folder, or a hub id "owner/name"
@@ -170,12 +169,14 @@ def _hub(where, split):
     say(f"corpus: reading {name}{f' ({config})' if config else ''} from the Hugging Face hub; only what is used is downloaded")
     try:
         import datasets
+        if not {"HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"} & set(os.environ):
+            socket.getaddrinfo("huggingface.co", 443)       # fails at once without network; datasets would try again for half a minute
         yield from datasets.load_dataset(name, config, split=splits.get(split, "train"), streaming=True)
     except (NanoError, GeneratorExit): raise
     except ImportError as e: raise DataError(f"{name} is on the hub, and datasets is not installed", "pip install datasets") from e
     except Exception as e:
-        if type(e).__name__ == "DatasetNotFoundError" and "offline" not in str(e).lower():
-            raise DataError(f"the hub has no public set {name!r}", "check the name, or use --corpus tales") from e
+        if isinstance(e, ValueError) or type(e).__name__ == "DatasetNotFoundError":     # wrong name, or a set of several parts
+            raise DataError(f"{name} cannot be read from the hub: {str(e)[:200]}", "check the name, or use --corpus tales") from e
         raise NetworkError(f"{name} must come from the hub, and the hub is out of reach ({type(e).__name__})",
                            "set NANOGPT_DATA to a folder that holds it, or use --corpus tales, which needs no network") from e
 

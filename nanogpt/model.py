@@ -31,6 +31,8 @@ class GPTConfig:
     dropout:float = arg(0., "share of activations dropped in training")
     bias:bool = arg(True, "biases in linears and layer norms")
     position:str = arg("learned", "how a token knows its place", choices=("learned", "rotary"))
+    rotary_share:float = arg(1., "share of each head's channel pairs that rotary positions turn; the others carry meaning alone")
+    qk_norm:bool = arg(False, "norm queries and keys, so that high rates of learning stay stable")
 
     def __post_init__(self):
         if self.n_embd%self.n_head or (self.n_embd//self.n_head)%2:
@@ -42,9 +44,11 @@ class GPTConfig:
 def turns(
     at:Tensor, # (B,T) positions
     D:int,     # width of a head, even
+    share:float=1., # of the pairs that turn; the slow ones stay still
 )->tuple:      # cosines and signed sines, each (B,1,T,D): made once per step, used by every layer
     "The angle of each pair of channels at each position: position × frequency. Source: arXiv:2104.09864 §3."
-    frequency = 10_000**(-torch.arange(0, D, 2, device=at.device)/D)    # (D/2)
+    pairs = torch.arange(D//2, device=at.device)
+    frequency = 10_000**(-2*pairs/(D*share)) * (pairs<share*D/2)        # (D/2)
     angle = at[:,None,:,None]*frequency                                 # (B,1,T,D/2)
     return angle.cos().repeat(1, 1, 1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
 
@@ -68,6 +72,7 @@ class Attention(nn.Module):
         self.cfg,self.layer,self.kernel = cfg,layer,fused
         self.c_attn = nn.Linear(cfg.n_embd, 3*cfg.n_embd, bias=cfg.bias)
         self.c_proj = nn.Linear(cfg.n_embd, cfg.n_embd, bias=cfg.bias)
+        if cfg.qk_norm: self.q_norm,self.k_norm = (nn.RMSNorm(cfg.n_embd//cfg.n_head, eps=1e-5) for _ in range(2))
     def forward(
         self,
         x:Tensor,  # (B,T,C) normed activations
@@ -77,6 +82,7 @@ class Attention(nn.Module):
         "What each position gathers from those it may see."
         B,T,C = x.shape
         q,k,v = (o.view(B, T, self.cfg.n_head, -1).transpose(1, 2) for o in self.c_attn(x).split(C, -1)) # each (B,H,T,D)
+        if self.cfg.qk_norm: q,k = self.q_norm(q),self.k_norm(k)
         if turn is not None: q,k = rotate(q, *turn),rotate(k, *turn)
         k,v,see = past.extend(self.layer, k, v)
         y = self.kernel(q, k, v, see, self.cfg.dropout if self.training else 0.)
@@ -152,7 +158,7 @@ class GPT(nn.Module):
         at = past.positions(B, T, idx.device)
         learned = self.cfg.position=="learned"
         x = t.drop(t.wte(idx)+t.wpe(at) if learned else t.wte(idx))
-        turn = None if learned else turns(at, self.cfg.n_embd//self.cfg.n_head)
+        turn = None if learned else turns(at, self.cfg.n_embd//self.cfg.n_head, self.cfg.rotary_share)
         for block in t.h: x = block(x, past, turn)
         return t.ln_f(x)
     def forward(
@@ -169,8 +175,9 @@ class GPT(nn.Module):
         past=None,  # what came before; None: nothing
     )->tuple:       # sum of the losses in nats, and how many there are
         "Cross-entropy as a sum and a count: divide sums by counts over everything, never a mean of means."
-        scores = self(idx, past).flatten(0, 1).float()
-        return F.cross_entropy(scores, y.flatten(), ignore_index=-100, reduction="sum"), (y!=-100).sum()
+        x,y = self.hidden(idx, past).flatten(0, 1),y.flatten()
+        if not torch.compiler.is_compiling(): x,y = x[y!=-100],y[y!=-100] # a compiled graph wants fixed shapes; else no work for nothing
+        return F.cross_entropy(self.lm_head(x).float(), y, ignore_index=-100, reduction="sum"), (y!=-100).sum()
 
 # %% ../nbs/06_model.ipynb #dabc4f6c
 def tiny(): return GPTConfig(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128, bias=False, position="rotary")
@@ -187,6 +194,7 @@ def count(
     "How many parameters a model of this shape has, without building it."
     C,b = cfg.n_embd,cfg.bias
     block = 12*C*C + b*9*C + 2*(1+b)*C                         # four matrices of 12·C² in all, their biases, two norms
+    block += cfg.qk_norm*2*(C//cfg.n_head)
     places = cfg.block_size*C if cfg.position=="learned" else 0
     return cfg.vocab_size*C + places + cfg.n_layer*block + (1+b)*C
 

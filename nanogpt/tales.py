@@ -128,11 +128,13 @@ _slots = cache(lambda text: frozenset(re.findall(r"\{(\w+)", text)))
 def tell(
     world:World, # what is true
     rng:Random,  # chooses the wordings
+    brief:bool=False, # the shorter of two wordings each time?
 )->Tale:
     "Tell the world once: every beat of its plot in one of its wordings."
     said,told = [],set()
     for beat in DATA["plots"][world.plot]["beats"]:
-        form = pick(rng, beat if isinstance(beat, list) else DATA["beats"][beat])
+        forms = beat if isinstance(beat, list) else DATA["beats"][beat]
+        form = min((pick(rng, forms) for _ in range(1+2*brief)), key=len)
         sentence = fill(form, world.facts)
         if not sentence or sentence in " ".join(said): continue
         said.append(sentence)
@@ -140,7 +142,7 @@ def tell(
     return Tale(world, " ".join(said), frozenset(told))
 
 # %% ../nbs/03a_tales.ipynb #b085693f
-def _polite(ask, say, facts, rng): return fill(pick(rng, ask), facts), fill(say, facts)
+def _asked(ask, say, facts, rng): return fill(pick(rng, ask), facts), fill(say, facts)
 
 def questions(
     tale:Tale,   # a told world
@@ -151,7 +153,7 @@ def questions(
     plot,out = DATA["plots"][tale.world.plot],[]
     for kind,q in _shuffled([(k, DATA["questions"][k]) for k in plot["asks"]] + list(plot["own"].items()), rng):
         asks = [a for a in q["ask"] if _slots(a)|_slots(q["say"]) <= tale.told]
-        if asks and len(out) < most: out.append((kind, *_polite(asks, q["say"], tale.world.facts, rng)))
+        if asks and len(out) < most: out.append((kind, *_asked(asks, q["say"], tale.world.facts, rng)))
     return out
 
 def _shuffled(items, rng): return [x for _,x in sorted((((rng.random(), i), x) for i,x in enumerate(items)), key=lambda p: p[0])]
@@ -170,14 +172,16 @@ def lore(
     category = category or pick(rng, list(DATA["lore"]))
     fact = pick(rng, DATA["lore"][category])
     x = pick(rng, list(fact["pairs"]))
-    return category, *_polite(fact["ask"], fact["say"], dict(x=x, y=fact["pairs"][x]), rng)
+    return category, *_asked(fact["ask"], fact["say"], dict(x=x, y=fact["pairs"][x]), rng)
 
 def story(
     world:World, # what is true
     rng:Random,  # chooses the wordings
 )->str:
     "One document for pretraining: a tale, often followed by people who talk about it."
-    tale = tell(world, rng)
+    again = rng.random() < .7
+    tale = tell(world, rng, brief=again)
+    if again: return " ".join((tale.text, pick(rng, DATA["again"]), tell(world, rng, brief=True).text))
     asked = [q[1:] for q in questions(tale, rng, most=int(rng.random()*4))]
     if rng.random() < .35: asked.append(lore(rng)[1:])
     text = tale.text + (" "+pick(rng, DATA["retell"]) if asked else "")
@@ -206,11 +210,11 @@ def exam(
     labels = [right] + _shuffled([p["label"] for p in DATA["plots"].values() if p["label"] != right], rng)[:2]
     x,y,z = _shuffled(labels, rng)
     return [("closed_qa", ask, say) for _,ask,say in questions(tale, rng)] + [
-        ("information_extraction", *_polite(d["people"], "The people are {a} and {b}.", f, rng)),
-        ("information_extraction", *_polite(d["places"], "The places are {p} and {q}.", f, rng)),
-        ("information_extraction", *_polite(d["thing"], "It is a {co} {th}.", f, rng)),
-        ("summarization", *_polite(d["sum"], DATA["plots"][tale.world.plot]["sum"], f, rng)),
-        ("classification", *_polite(d["kind"], "It is about {y}.", dict(x=f"{x}, {y} or {z}", y=right), rng))]
+        ("information_extraction", *_asked(d["people"], "The people are {a} and {b}.", f, rng)),
+        ("information_extraction", *_asked(d["places"], "The places are {p} and {q}.", f, rng)),
+        ("information_extraction", *_asked(d["thing"], "It is a {co} {th}.", f, rng)),
+        ("summarization", *_asked(d["sum"], DATA["plots"][tale.world.plot]["sum"], f, rng)),
+        ("classification", *_asked(d["kind"], "It is about {y}.", dict(x=f"{x}, {y} or {z}", y=right), rng))]
 
 # %% ../nbs/03a_tales.ipynb #ad648d79
 def trivia(
@@ -231,9 +235,9 @@ def trivia(
             ("meal", f"You could cook {three(_shuffled(w['fo'], rng)[:3])}."),
             ("pet", f"There could be {three(['a '+an for an in _shuffled(w['an'], rng)[:3]])}.")]
     task,say = pick(rng, idea)
-    return [("classification", *_polite(d["sort"], "The answer is {y}.", dict(k=k, x=x, y=y), rng)),
-            ("classification", *_polite(d["class"], "It is {y}.", dict(x=pick(rng, c[1]), y=c[0]), rng)),
-            lore(rng, "open_qa"), lore(rng, "general_qa"), ("brainstorming", *_polite(d[task], say, f, rng))]
+    return [("classification", *_asked(d["sort"], "The answer is {y}.", dict(k=k, x=x, y=y), rng)),
+            ("classification", *_asked(d["class"], "It is {y}.", dict(x=pick(rng, c[1]), y=c[0]), rng)),
+            lore(rng, "open_qa"), lore(rng, "general_qa"), ("brainstorming", *_asked(d[task], say, f, rng))]
 
 # %% ../nbs/03a_tales.ipynb #08a3998d
 def rows(
@@ -257,8 +261,8 @@ _MARKS = re.compile(r"\w+|[^\w\s]")
 def chat(
     world:World,  # what is true
     rng:Random,   # chooses
-    turns:int=8,  # questions, at most
-    plain:float=.2, # share of chats without a story, about plain knowledge
+    turns:int=14, # questions, at most
+    plain:float=.15, # share of chats without a story, about plain knowledge
     room:int=225, # words and marks in all, at most; about a tenth more tokens
 )->dict:          # {"messages": [{"role", "content"}, …], "category", "source"}
     "A conversation of several questions, most about one story; now and then somebody says hello or thanks."
@@ -266,8 +270,9 @@ def chat(
         asked = _shuffled([q for _ in range(2) for q in trivia(world, rng)], rng)
         context,category = "","general_qa"
     else:
-        tale = tell(world, rng)
-        asked,context,category = _shuffled(exam(tale, rng), rng),tale.text,"closed_qa"
+        tale = tell(world, rng, brief=rng.random() < .7)
+        asked = _shuffled([q for q in exam(tale, rng) if q[0]=="closed_qa" or rng.random() < .5], rng)
+        context,category = tale.text,"closed_qa"
     pairs = [(ask, say) for _,ask,say in asked[:turns]]
     if context: pairs[0] = (f"{pairs[0][0]}\n\n{context}", pairs[0][1])
     while len(pairs) > 1 and sum(4+len(_MARKS.findall(ask+" "+say)) for ask,say in pairs) > room: pairs.pop()

@@ -21,10 +21,10 @@ def _fault(messages, last):
     want = "user"
     for k,m in enumerate(messages, 1):
         role,text = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
-        if role not in _ROLES: return k, f"has the role {role!r}", f"use one of {', '.join(_ROLES)}"
-        if not isinstance(text, str) or not text.strip(): return k, f"has no text ({role})", "give it text, or leave the conversation out"
+        if role not in _ROLES: return k, f"has the role {role!r}", "use system, user or assistant"
+        if not isinstance(text, str) or not text.strip(): return k, f"has no text ({role})", "give it text, or leave it all out"
         if role=="system" and k==1: continue
-        if role!=want: return k, f"is from the {role} where the {want} speaks", "let user and assistant take turns, a system message only first"
+        if role!=want: return k, f"is from the {role} where the {want} speaks", "let user and assistant take turns; system only comes first"
         want = "assistant" if role=="user" else "user"
     role = messages[-1]["role"]
     if role!=last: return len(messages), f"is the last and from the {role}", f"end with a message from the {last}"
@@ -65,7 +65,8 @@ def dolly_messages(
 )->list:      # a question and its answer
     "A row in Dolly's columns as messages, the context under the instruction after a blank line; raises DataError for an empty column."
     for key in ("instruction", "response"):
-        if not str(row.get(key) or "").strip(): raise DataError(f"the row has no {key}: {str(row)[:80]}", f"fill the column {key}, or leave the row out")
+        if str(row.get(key) or "").strip(): continue
+        raise DataError(f"the row has no {key}: {str(row)[:80]}", f"fill the column {key}, or leave the row out")
     return conversation(row)["messages"]
 
 # %% ../nbs/13_template.ipynb #1623b047
@@ -79,7 +80,8 @@ def shard_rows(
         if bad := _fault(talk.get("messages"), "assistant"): left.setdefault(bad[1], []).append((n, bad[0]))
         else: yield template.render(talk["messages"])
     if not left: return
-    why = "; ".join(f"{len(at):,} because a message {what} (first: conversation {at[0][0]}, message {at[0][1]})" for what,at in left.items())
+    why = "; ".join(f"{len(at):,} because a message {what} (first: conversation {at[0][0]}, message {at[0][1]})"
+                    for what,at in left.items())
     say(f"left out {sum(map(len, left.values())):,} of {n:,} conversations: {why}")
 
 # %% ../nbs/13_template.ipynb #ba97fb14

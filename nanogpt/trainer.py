@@ -139,7 +139,7 @@ class Trainer:
         cfg:FitConfig,     # the loop's settings
         tok:Tokenizer,     # saved beside the weights
         val:Loader=None,   # held-out batches
-        sample:Callable=None, # model → what to log as a sample at each evaluation
+        sample:Callable=None, # (model, tokenizer) → what to log as a sample at each evaluation
         dist:Dist=None,    # the processes
     ):
         self.cfg,self.tok,self.val,self.sample,self.dist = cfg,tok,val,sample,dist or Dist()

@@ -1,0 +1,258 @@
+"What the lessons on templates, sampling and the terminal cannot show: a large vocabulary, other processes, a real Ctrl-C."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+
+from nanogpt.core import CheckpointError, ConfigError, DataError
+from nanogpt.corpus import conversations
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.sample import SampleConfig, choose, complete, generate, stream, top_p, warp
+from nanogpt.settings import parse, settings
+from nanogpt.template import Template, shard_rows
+from nanogpt.terminal import Chat, chat_terminal
+from nanogpt.tokenizer import Tokenizer
+
+@pytest.fixture(scope="module")
+def tok(): return Tokenizer.train(["the cat sat on the mat and the naïve rat ran. 猫 "*9], 300)
+
+def toy(tok, position="rotary", seed=0, **more):
+    "A random model with decided opinions: its scores are spread wide, so that greedy has no near ties."
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**dict(vocab_size=tok.n_vocab+4, block_size=48, n_layer=2, n_head=2, n_embd=32, position=position) | more))
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(4) if p.dim()>1 else None
+    return model.eval()
+
+def prompts(tok, n, rng): return [[rng.randrange(tok.eot) for _ in range(rng.randint(1, 30))] for _ in range(n)]
+
+@torch.no_grad()
+def slowly(model, tok, ids, cfg, dice):
+    "The whole sampler by its definition: no cache, no batch, one sorted list a token."
+    ids, out = list(ids), []
+    while len(out)<cfg.max_tokens and len(ids)<=model.cfg.block_size:
+        scores = model(torch.tensor([ids]))[0, -1, :tok.n_vocab].double()
+        for i in set(ids)-set(tok.specials.values()):
+            if cfg.repetition_penalty!=1: scores[i] = scores[i]/cfg.repetition_penalty if scores[i]>0 else scores[i]*cfg.repetition_penalty
+        if cfg.temperature==0: best = int(scores.argmax())
+        else:
+            scores = scores/cfg.temperature
+            rank = scores.argsort(descending=True).tolist()[:cfg.top_k]
+            probs, mass, kept = scores[rank].softmax(0).tolist(), 0., set()
+            for i, q in zip(rank, probs, strict=True):
+                kept.add(i)
+                mass += q
+                if mass>=(cfg.top_p or 2): break
+            weights = [float(scores[i].exp()) if i in kept else 0. for i in range(tok.n_vocab)]
+            best, dart = 0, dice.random()*sum(weights)
+            while dart>=weights[best]: dart -= weights[best]; best += 1
+        if best in tok.specials.values(): break
+        ids.append(best)
+        out.append(best)
+    return tuple(out)
+
+KNOBS = [dict(temperature=0), dict(temperature=0, repetition_penalty=1.3), dict(), dict(temperature=1.3, top_k=7),
+         dict(temperature=1., top_p=.6), dict(temperature=1.2, top_k=30, top_p=.9, repetition_penalty=1.2)]
+
+# ---- one sampler -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_equals_the_definition_alone_and_in_every_batch(tok, knobs, position):
+    model, rng = toy(tok, position), random.Random(3)
+    cfg, asked = SampleConfig(max_tokens=30, **knobs), prompts(tok, 9, random.Random(4))
+    alone = [complete(model, tok, [p], cfg)[0] for p in asked]
+    for p, o in zip(asked, alone, strict=True):
+        assert o.ids==slowly(model, tok, p, cfg, random.Random(f"0 0 {tuple(p)}"))
+        assert o.text==tok.decode(o.ids)
+    for rows in (2, 5, 64):
+        order = rng.sample(range(9), 9)
+        batch = complete(model, tok, [asked[k] for k in order], cfg, rows=rows)
+        assert batch==[alone[k] for k in order]
+
+def test_many_answers_to_one_prompt_have_the_models_own_frequencies(tok):
+    model, n, ask = toy(tok), 3000, [1, 2, 3]
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(.6)
+        q = (model(torch.tensor([ask]))[0, -1, :tok.n_vocab].double()/.8).softmax(0)
+    got = Counter(o.ids[0] if o.ids else None for o in complete(model, tok, [ask]*n, SampleConfig(max_tokens=1), rows=1000))
+    for i in q.topk(8).indices.tolist():  # five standard deviations
+        if i not in tok.specials.values(): assert abs(got[i]/n-q[i])<5*(q[i]*(1-q[i])/n)**.5
+
+def test_large_vocabulary_keeps_the_smallest_set():
+    torch.manual_seed(0)
+    for spread in (.5, 3., 12.):
+        wide = torch.randn(2, 50304)*spread
+        for p in (.05, .5, .95):
+            probs, at = wide.double().softmax(-1).sort(-1, descending=True)
+            for row in range(2):
+                size = int((probs[row].cumsum(0)<p).sum())+1
+                kept = top_p(wide, p)[row].isfinite()
+                assert abs(int(kept.sum())-size)<=max(1, size//2000)  # float32 sums of thousands of terms round at the border
+                assert kept[at[row, :size-size//2000-1]].all()
+
+def test_a_dart_never_hits_what_has_no_chance():
+    torch.manual_seed(0)
+    for _ in range(200):
+        scores = warp(torch.randn(3, 4000)*8, SampleConfig(temperature=1.5, top_k=3))
+        u = torch.tensor([[0.], [random.random()], [1-2**-53]], dtype=torch.float64)
+        assert scores.gather(1, choose(scores, u)[:, None]).isfinite().all()
+
+def test_memory_left_over_from_others_does_no_harm(tok, monkeypatch):
+    "A cache is made of memory as it comes; with NaN in it, the places that a short row has not written yet must not matter."
+    model, asked = toy(tok), [[1], [2]*20, [3]*7]
+    cfg = SampleConfig(max_tokens=20, temperature=1.)
+    fine = complete(model, tok, asked, cfg)
+    empty = torch.empty
+    def dirty(*size, **more):
+        t = empty(*size, **more)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+    monkeypatch.setattr(torch, "empty", dirty)
+    assert complete(model, tok, asked, cfg)==fine
+
+def test_a_full_context_ends_its_own_row_only(tok):
+    model, cfg = toy(tok, seed=1), SampleConfig(max_tokens=40, temperature=1.)
+    asked = [[1]*48, [1]*47, [2]*30, [3], [4]*44]
+    out = complete(model, tok, asked, cfg)
+    for p, o in zip(asked, out, strict=True):
+        assert o==complete(model, tok, [p], cfg)[0]
+        if o.reason=="context": assert len(p)+len(o.ids)==49  # the last one is never read again
+        if o.reason=="length": assert len(o.ids)==40
+    assert out[0].reason in ("context", "end") and out[0].ids[1:]==()
+
+def test_stream_joined_is_generate_with_stops_and_broken_letters(tok):
+    rng = random.Random(0)
+    for seed in range(4):
+        model = toy(tok, seed=seed)
+        for stop in ((), ("a",), ("th", "e c"), ("\ufffd",), ("xyzzy", "zz")):
+            cfg = SampleConfig(max_tokens=25, temperature=1.4, stop=stop, seed=seed)
+            p = prompts(tok, 1, rng)[0]
+            text, = generate(model, tok, [p], cfg)
+            parts = list(stream(model, tok, p, cfg))
+            assert "".join(parts)==text and not any(s in text for s in stop)
+            free, = generate(model, tok, [p], replace(cfg, stop=()))
+            assert free.startswith(text)
+
+def test_specials_are_never_penalised(tok):
+    "A chat's prompt is full of <|end|>; a penalty on it would make answers endless."
+    model, end = toy(tok), tok.specials["<|end|>"]
+    scores = torch.zeros(1, tok.n_vocab)
+    scores[0, 7], scores[0, end] = 1., 2.
+    class Fixed(torch.nn.Module):
+        def forward(self, h): return scores.expand(len(h), -1)
+    model.lm_head = Fixed()
+    cfg = SampleConfig(temperature=0, max_tokens=9, repetition_penalty=50.)
+    assert complete(model, tok, [[end, 5]], cfg)[0].ids==()
+
+def test_the_same_text_in_another_process(tok, tmp_path, env):
+    tok.save(tmp_path/"tokenizer.json")
+    code = f"""
+import json, sys, torch
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_sample import toy
+from nanogpt.sample import SampleConfig, generate
+from nanogpt.tokenizer import Tokenizer
+tok = Tokenizer.load({str(tmp_path/'tokenizer.json')!r})
+print(json.dumps(generate(toy(tok), tok, [[1, 2], [3]], SampleConfig(temperature=1., max_tokens=20))))"""
+    outs = [subprocess.run([sys.executable, "-c", code], env=env | {"PYTHONHASHSEED": s}, capture_output=True, text=True) for s in "12"]
+    here = generate(toy(tok), tok, [[1, 2], [3]], SampleConfig(temperature=1., max_tokens=20))
+    assert [json.loads(o.stdout or "null") for o in outs]==[here, here], outs[0].stderr
+
+def test_bfloat16_and_leftovers(tok):
+    model = toy(tok).bfloat16().train()
+    out = complete(model, tok, [[1], [2]*9], SampleConfig(max_tokens=5))
+    assert len(out)==2 and model.training and all(p.grad is None for p in model.parameters())
+    with torch.no_grad(): model.lm_head.weight[tok.eot:] = 0  # never the best: the answer goes on
+    half = stream(model, tok, [1], SampleConfig(temperature=0))
+    assert next(half)
+    half.close()
+    assert model.training and not torch.is_inference_mode_enabled()
+
+def test_refusals(tok):
+    model = toy(tok)
+    cfg = SampleConfig(max_tokens=3)
+    with pytest.raises(DataError, match="prompt 1 is empty"): complete(model, tok, [[1], []], cfg)
+    with pytest.raises(ValueError, match="49 tokens, the context is 48"): stream(model, tok, [1]*49, cfg)
+    with pytest.raises(ConfigError, match="the tokenizer has"): generate(model, Tokenizer.gpt2(), [[1]], cfg)
+    with torch.no_grad(): model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="not finite"): generate(model, tok, [[1]], cfg)
+
+def test_settings_are_flags():
+    cfg = parse(SampleConfig, ["--temperature=0", "--top_k", "5", "--top_p", "none", "--stop", "a,b"])
+    assert (cfg.temperature, cfg.top_k, cfg.top_p, cfg.stop)==(0., 5, None, ("a", "b"))
+    assert parse(SampleConfig, [f"--{k}={','.join(v) if isinstance(v, list) else v}" for k, v in settings(cfg).items()])==cfg
+    with pytest.raises(ConfigError, match="try --temperature 0.8"): parse(SampleConfig, ["--temperature=-1"])
+
+# ---- templates on real rows ------------------------------------------------------------------------------------------
+
+def test_all_of_dolly_becomes_rows(data_home, capsys):
+    tok = Tokenizer.gpt2()
+    template = Template(tok)
+    talks = list(islice(conversations("dolly"), 3000))
+    rows = list(shard_rows(talks, template))
+    left = capsys.readouterr().err
+    assert len(rows)>.99*len(talks) and (len(rows)==len(talks) or f"of {len(talks):,} conversations" in left)
+    for ids, mask in rows[:200]:
+        learnt = [i for i, m in zip(ids, mask, strict=True) if m]
+        assert learnt.count(template.end)==1 and learnt[-1]==template.end and ids.count(template.marks["assistant"])==1
+
+# ---- the terminal, in a process of its own ---------------------------------------------------------------------------
+
+TALK = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_sample import toy
+from nanogpt.sample import SampleConfig
+from nanogpt.terminal import chat_terminal
+from nanogpt.tokenizer import Tokenizer
+tok = Tokenizer.load({path!r})
+model = toy(tok, block_size=400)
+with torch.no_grad(): model.lm_head.weight[tok.eot:] = 0  # never ends by itself
+hidden = model.hidden
+model.hidden = lambda *a: (time.sleep({wait}), hidden(*a))[1]
+print(len(chat_terminal(model, tok, SampleConfig(max_tokens={n}, temperature=1.))), "messages")
+"""
+
+def terminal(tok, tmp_path, env, wait, n):
+    tok.save(tmp_path/"tokenizer.json")
+    code = TALK.format(tests=os.path.dirname(__file__), path=str(tmp_path/"tokenizer.json"), wait=wait, n=n)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code], env=env, **pipes)
+
+def test_terminal_reads_lines_until_the_end(tok, tmp_path, env):
+    with terminal(tok, tmp_path, env, 0, 5) as p: out, err = p.communicate(b"hello\n\n/new\nhello\nonce more\n", timeout=120)
+    assert p.returncode==0, err.decode()
+    assert out.rstrip().endswith(b"4 messages")
+    for said in (b"Ask something", b"(a new chat)", b"(cut after max_tokens=5)"): assert said in err
+    assert b"Ask something" not in out
+
+@pytest.mark.skipif(os.name=="nt", reason="SIGINT cannot be sent to one process there")
+def test_ctrl_c_stops_the_answer_and_not_the_chat(tok, tmp_path, env):
+    with terminal(tok, tmp_path, env, .05, 300) as p:
+        p.stdin.write(b"tell me a long story\n")
+        p.stdin.flush()
+        assert p.stdout.read(1)  # it streams: a first letter is here long before the end
+        time.sleep(.3)
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(b"/quit\n", timeout=120)
+    assert p.returncode==0, err.decode()
+    assert b"(stopped)" in err and out.rstrip().endswith(b"2 messages")
+
+def test_terminal_drops_the_oldest_and_says_so(tok, capsys):
+    model = toy(tok, block_size=96)
+    left = chat_terminal(model, tok, SampleConfig(max_tokens=8, temperature=1.), ["the cat sat"]*12, system="the rat")
+    err = capsys.readouterr().err
+    assert "oldest messages no longer fit the context of 96 tokens" in err
+    assert left[0]==dict(role="system", content="the rat")
+    chat = Chat(model, tok, SampleConfig(), system=" ")
+    with pytest.raises(DataError, match="shorter question"): next(chat.ask("cat "*400))
+    assert chat.messages==[]
