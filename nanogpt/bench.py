@@ -14,7 +14,7 @@ import torch
 
 from .attention import attend, fused
 from .cache import KVCache
-from .core import ConfigError, pick_device, say, seed
+from .core import ConfigError, pick_device, seed
 from .model import GPT, PRESETS, GPTConfig, flops
 from .optim import optimizers
 from .settings import arg
@@ -61,7 +61,8 @@ class BenchConfig:
     threads:int = arg(0, "processor threads; 0 leaves PyTorch's choice")
     json:bool = arg(False, "one JSON object a line, for programs")
     def __post_init__(self):
-        if self.rounds<1 or self.tokens<1 or self.batch<0: raise ConfigError("--rounds and --tokens must be at least 1", "try --rounds 5 --tokens 64")
+        low = [k for k in ("rounds", "tokens") if getattr(self, k)<1]
+        if low: raise ConfigError(f"--{low[0]}={getattr(self, low[0])} is too small", f"try --{low[0]} 5")
 
 def _model(cfg):
     if cfg.threads: torch.set_num_threads(cfg.threads)
@@ -91,7 +92,8 @@ def bench_train(
         for o in opts: o.step(); o.zero_grad()
     peak = peak_flops(device)
     seconds = best_seconds(step, cfg.rounds, device.name)
-    return _row(cfg, device, B, seconds, B*T, peak_share=flops(model.cfg, T)*B*T/seconds/peak, kernel=kernel, compile=cfg.compile, seq_len=T)
+    share = flops(model.cfg, T)*B*T/seconds/peak
+    return _row(cfg, device, B, seconds, B*T, peak_share=share, kernel=kernel, compile=cfg.compile, seq_len=T)
 
 # %% ../nbs/39_bench.ipynb #faa465b9
 def bench_generate(
@@ -99,7 +101,8 @@ def bench_generate(
 )->dict:             # shape, dtype, batch, seconds, tokens_per_second, prefill_seconds, bytes_per_second
     "Greedy tokens after a prompt of 32, through the cache."
     model,B,_,device = _model(replace(cfg, batch=cfg.batch or 1))
-    if cfg.tokens+32>model.cfg.block_size: raise ConfigError(f"--tokens={cfg.tokens} after a prompt of 32 exceeds the context", "try --tokens 64")
+    if cfg.tokens+32>model.cfg.block_size:
+        raise ConfigError(f"--tokens={cfg.tokens} after a prompt of 32 exceeds the context", "try --tokens 64")
     model = model.to(getattr(torch, device.dtype)).eval()
     prompt,times = torch.randint(model.cfg.vocab_size, (B,32), device=device.name),{}
     @torch.inference_mode()
@@ -119,5 +122,6 @@ def bench_text(
     row:dict, # of `bench_train` or `bench_generate`
 )->str:
     "One line for people."
-    tail = f"{row['peak_share']:.0%} of the peak, {row['kernel']} attention" if "peak_share" in row else f"{row['bytes_per_second']/1e9:.1f} GB/s of weights"
+    if "peak_share" in row: tail = f"{row['peak_share']:.0%} of the peak, {row['kernel']} attention"
+    else: tail = f"{row['bytes_per_second']/1e9:.1f} GB/s of weights"
     return f"{row['shape']} {row['dtype']} batch {row['batch']}: {row['tokens_per_second']:,.0f} tokens/s, {tail}"

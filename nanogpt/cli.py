@@ -44,7 +44,7 @@ def usage()->str:
 def _verb(argv):
     for n in (2, 1):
         if (verb := " ".join(argv[:n])) in VERBS and len(argv)>=n: return verb, argv[n:]
-    near = difflib.get_close_matches(" ".join(argv[:2]), VERBS, n=1, cutoff=.4) or difflib.get_close_matches(argv[0], VERBS, n=1, cutoff=.4)
+    near = [o for words in (" ".join(argv[:2]), argv[0]) for o in difflib.get_close_matches(words, VERBS, n=1, cutoff=.4)]
     more = [v for v in VERBS if v.split()[0]==argv[0]]
     fix = f"say {' or '.join(more)}" if more else f"did you mean {near[0]}?" if near else "nanogpt --help lists them"
     raise ConfigError(f"nanogpt has no verb {argv[0]!r}" if not more else f"nanogpt {argv[0]} needs a second word", fix)

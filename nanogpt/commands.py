@@ -18,7 +18,6 @@ import torch
 from . import checkpoint as ck
 from .bench import bench_generate, bench_text, bench_train
 from .core import CheckpointError, ConfigError, pick_device, read_json, say
-from .corpus import documents, parse_mix
 from .data import prepare
 from .evals import EvalConfig, evaluate
 from .pretrain import TrainConfig, pretrain, tokenizer_texts
@@ -54,7 +53,8 @@ def is_tuned(
     path:Path, # a run or a folder in one
 )->bool:
     "Whether the run's record says that it learned conversations."
-    return any(read_json(p/"config.json").get("kind")=="SFTConfig" for p in (Path(path), *Path(path).parents[:2]) if (p/"config.json").exists())
+    records = [p/"config.json" for p in (Path(path), *Path(path).absolute().parents[:2])]
+    return any(read_json(p).get("kind")=="SFTConfig" for p in records if p.exists())
 
 def _load(cfg):
     if cfg.threads: torch.set_num_threads(cfg.threads)
@@ -75,7 +75,8 @@ def run_generate(
         if not cfg.json: print(piece, end="", flush=True)
     result = dict(prompt=text, text=end.text, tokens=len(end.ids), reason=end.reason, chat=chat)
     show(result, "", cfg.json)
-    if end.reason in ("length", "context"): say(f"(ended by {dict(length=f'--max_tokens {cfg.max_tokens}', context='a full context')[end.reason]})")
+    if end.reason=="length": say(f"(cut at --max_tokens {cfg.max_tokens})")
+    if end.reason=="context": say(f"(the context of {model.cfg.block_size} tokens is full)")
 
 # %% ../nbs/40a_commands.ipynb #c36bd8ac
 @dataclass(frozen=True, kw_only=True)

@@ -180,11 +180,22 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(x).float(), y, ignore_index=-100, reduction="sum"), (y!=-100).sum()
 
 # %% ../nbs/06_model.ipynb #dabc4f6c
-def tiny(): return GPTConfig(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128, bias=False, position="rotary")
-def gpt2(): return GPTConfig()
-def gpt2_medium(): return GPTConfig(n_layer=24, n_head=16, n_embd=1024)
-def gpt2_large(): return GPTConfig(n_layer=36, n_head=20, n_embd=1280)
-def gpt2_xl(): return GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+def tiny():
+    "The demo's: a million parameters, with what makes small models learn to look back fast."
+    return GPTConfig(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128, bias=False,
+                     position="rotary", rotary_share=.5, qk_norm=True)
+def gpt2():
+    "124M parameters, as published."
+    return GPTConfig()
+def gpt2_medium():
+    "355M parameters."
+    return GPTConfig(n_layer=24, n_head=16, n_embd=1024)
+def gpt2_large():
+    "774M parameters."
+    return GPTConfig(n_layer=36, n_head=20, n_embd=1280)
+def gpt2_xl():
+    "1.6B parameters."
+    return GPTConfig(n_layer=48, n_head=25, n_embd=1600)
 
 PRESETS = {"tiny":tiny, "gpt2":gpt2, "gpt2-medium":gpt2_medium, "gpt2-large":gpt2_large, "gpt2-xl":gpt2_xl}
 

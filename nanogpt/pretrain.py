@@ -65,9 +65,9 @@ def _record(t, kernel):
     git = ["git", "-C", str(Path(nanogpt.__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     versions = dict(nanogpt=nanogpt.__version__, torch=torch.__version__, python=platform.python_version())
-    return dict(kind=type(t.cfg).__name__, settings=settings(t.cfg), model=settings(t.model.cfg), parameters=count(t.model.cfg), steps=t.steps, kernel=kernel,
-                device=t.device.name, dtype=t.device.dtype, threads=torch.get_num_threads(), world=t.dist.world,
-                data=t.loader.shard.header.sha, versions=versions, commit=commit)
+    return dict(kind=type(t.cfg).__name__, settings=settings(t.cfg), model=settings(t.model.cfg), parameters=count(t.model.cfg),
+                steps=t.steps, kernel=kernel, device=t.device.name, dtype=t.device.dtype, threads=torch.get_num_threads(),
+                world=t.dist.world, data=t.loader.shard.header.sha, versions=versions, commit=commit)
 
 def _ready(t, old):
     "Choose the attention kernel (a resumed run keeps its own) and compile; returns the kernel and notes for the log."
@@ -189,14 +189,14 @@ class TrainConfig(FitConfig):
 
 def demo():
     "Two cores, no network: a million-parameter model learns little stories and some real prose in a minute or two."
-    return TrainConfig(out=Path("runs/base"), corpus="tales:0.8,pydocs:0.2", corpus_tokens=1_000_000, steps=400, batch_tokens=1024, micro_batch=4,
-                       optimizer="muon", lr=1e-2, muon_lr=.04, schedule="wsd", floor=0., weight_decay=0., compile=False, kernel="fused",
-                       eval_every=200, save_every=400)
+    return TrainConfig(out=Path("runs/base"), corpus="tales:0.8,pydocs:0.2", corpus_tokens=1_000_000, steps=400, batch_tokens=1024,
+                       micro_batch=4, optimizer="muon", lr=1e-2, muon_lr=.04, schedule="wsd", floor=0., weight_decay=0.,
+                       compile=False, kernel="fused", eval_every=200, save_every=400)
 def real_small():
     "A laptop and real text: FineWeb-Edu, Wikipedia and novels with an own vocabulary of 8,192."
-    return TrainConfig(out=Path("runs/real-base"), corpus="fineweb-edu,enwiki,austen", corpus_tokens=3_000_000, vocab_size=8192, tokenizer_bytes=7_500_000,
-                       n_layer=6, n_head=6, n_embd=192, seq_len=256, steps=1500, batch_tokens=2048, micro_batch=8, optimizer="muon", lr=5e-3,
-                       muon_lr=.02, schedule="wsd", floor=0., weight_decay=.01, compile=False, eval_every=250, save_every=250)
+    return TrainConfig(out=Path("runs/real-base"), corpus="fineweb-edu,enwiki,austen", corpus_tokens=3_000_000, vocab_size=8192,
+                       tokenizer_bytes=7_500_000, n_head=6, n_embd=192, steps=1000, batch_tokens=2048, micro_batch=8, optimizer="muon",
+                       lr=5e-3, muon_lr=.02, schedule="wsd", floor=0., weight_decay=.01, compile=False, eval_every=250, save_every=250)
 def gpt2():
     "GPT-2 124M on FineWeb-Edu, for a GPU: half a million tokens a step, 10 billion in all."
     return TrainConfig(out=Path("runs/gpt2"), corpus="fineweb-edu", corpus_tokens=10_000_000_000, tokenizer="gpt2", shape="gpt2", seq_len=1024,

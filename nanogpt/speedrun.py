@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 from .checkpoint import load_model
-from .core import ConfigError, peak_memory_bytes, read_log, say, write_json
-from .corpus import conversation, rows
+from .core import peak_memory_bytes, read_log, say, write_json
+from .corpus import conversation, parse_mix, rows
 from .evals import measure
 from .pretrain import TrainConfig, pretrain
 from .sample import SampleConfig, generate
@@ -98,7 +98,9 @@ def side_by_side(
 # %% ../nbs/40_speedrun.ipynb #3f7662ab
 def _named(metrics):
     out = {}
-    for m in metrics: out[m["metric"] if m["metric"] not in out else f"{m['task']}_{m['metric']}"] = {k:m[k] for k in ("value","n","low","high","version")}
+    for m in metrics:
+        name = m["metric"] if m["metric"] not in out else f"{m['task']}_{m['metric']}"
+        out[name] = {k:m[k] for k in ("value","n","low","high","version")}
     return out
 
 def make_card(
@@ -114,9 +116,10 @@ def make_card(
     for key,run in (("before", plan.base.out), ("after", plan.tuned.out)):
         say(f"measuring {run}")
         card[key] = _named(measure(*load_model(run), plan.tasks, plan.limit, plan.base.seed))
-    items = questions(plan.tuned.corpus.split(":")[0].split(",")[0], plan.base.seed)
-    card["samples"] = side_by_side(plan.base.out, plan.tuned.out, items, SampleConfig(temperature=.3, max_tokens=120, seed=plan.base.seed))
-    card.update(seconds=time.time()-started, tokens_per_second=card["tokens"]/card["training_seconds"], peak_memory_bytes=peak_memory_bytes())
+    items,knobs = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed),SampleConfig(temperature=.3, max_tokens=120, seed=plan.base.seed)
+    card["samples"] = side_by_side(plan.base.out, plan.tuned.out, items, knobs)
+    speed = card["tokens"]/card["training_seconds"]
+    card.update(seconds=time.time()-started, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())
     write_json(plan.base.out.parent/"card.json", card)
     return card
 
@@ -131,7 +134,8 @@ def card_text(
         a,show = card["after"][name],(lambda v: f"{v:.3f}") if name.endswith("loss") else (lambda v: f"{100*v:.1f} %")
         rows.append(f"{name:24}{show(b['value']):>10}{show(a['value']):>10}   {show(a['low'])+' – '+show(a['high']):16}{a['n']:>6}")
     for s in card["samples"]:
-        rows += ["", f"[{s['category']}] {_short(s['prompt'], 160)}", f"  before: {_short(s['before'], 150)}", f"  after:  {_short(s['after'], 300)}"]
+        rows += ["", f"[{s['category']}] {_short(s['prompt'], 160)}"]
+        rows += [f"  before: {_short(s['before'], 150)}", f"  after:  {_short(s['after'], 300)}"]
     rows += ["", f"{card['seconds']/60:.1f} minutes in all, {card['tokens']:,} tokens at {card['tokens_per_second']:,.0f} tokens/s, "
                  f"peak memory {card['peak_memory_bytes']/1e9:.2f} GB"]
     return "\n".join(rows)
@@ -142,8 +146,9 @@ def speedrun(
     "Pretrain, tune, measure, compare; stopped at any moment and started again, it goes on."
     started,plan = time.time(),cfg.plan()
     say(f"1/3 pretraining on {plan.base.corpus} → {plan.base.out}")
-    if pretrain(plan.base, sampler(["One day,"], False, SampleConfig(max_tokens=60, seed=cfg.seed)))["reason"]!="done": return {}
+    knobs = SampleConfig(max_tokens=60, seed=cfg.seed)
+    if pretrain(plan.base, sampler(["One day,"], False, knobs))["reason"]!="done": return {}
     say(f"2/3 tuning on conversations of {plan.tuned.corpus} → {plan.tuned.out}")
-    if tune(plan.tuned, sampler(["Write a story about a fox."], True, SampleConfig(max_tokens=60, seed=cfg.seed)))["reason"]!="done": return {}
+    if tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs))["reason"]!="done": return {}
     say("3/3 the same questions, before and after")
     return make_card(plan, started)
