@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import CheckpointError, ConfigError, DiskError, NanoError, read_json, say, sync_folder, write_json
@@ -30,6 +31,7 @@ def _digest(path):
         while chunk := f.read(1<<20): sha.update(chunk)
     return sha.hexdigest()
 
+# %% ../nbs/10_checkpoint.ipynb #6040b7f5
 def save_folder(
     path:Path, # the folder to make; one that stands there already is replaced
     write,     # a function that fills the folder it is given
@@ -45,15 +47,18 @@ def save_folder(
         for f in files:
             with open(f, "rb+") as h: os.fsync(h.fileno())
         write_json(tmp/"MANIFEST.json", {str(f.relative_to(tmp)): dict(sha256=_digest(f), size=f.stat().st_size) for f in files})
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists(): os.rename(path, old)
         os.rename(tmp, path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as e: # safetensors reports a full disk as its own kind of error
+    except (OSError, SafetensorError) as e: # safetensors has its own kind of error for a full disk
         if isinstance(e, NanoError): raise
-        raise DiskError(f"{path} could not be saved: {e}", "free some space; earlier checkpoints are untouched") from e
+        why = "the disk is full" if "No space left" in str(e) else e
+        raise DiskError(f"{path} could not be saved: {why}", "free some space; earlier checkpoints are untouched") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
+# %% ../nbs/10_checkpoint.ipynb #34498f92
 def verify(
     path:Path, # a folder made by `save_folder`
 ):
@@ -68,7 +73,7 @@ def verify(
             if size is None: how = "is missing"
             raise CheckpointError(f"{f} {how}", "delete this checkpoint and resume from the one before")
 
-# %% ../nbs/10_checkpoint.ipynb #6040b7f5
+# %% ../nbs/10_checkpoint.ipynb #3d525aa7
 def checkpoints(
     run:Path, # the run's folder
 )->list:      # folders, oldest first
@@ -83,7 +88,8 @@ def latest(
         try: verify(path)
         except CheckpointError as e:
             say(f"set aside {path.name}: {e.what}")
-            path.rename(path.with_name(path.name+".damaged"))
+            shutil.rmtree(aside := path.with_name(path.name+".damaged"), ignore_errors=True)
+            path.rename(aside)
         else: return path
 
 def prune(
@@ -93,8 +99,9 @@ def prune(
     "Delete old checkpoints. One is never enough: if it is damaged, nothing is left."
     if keep<2: raise ConfigError(f"--keep={keep} would leave no second checkpoint", "try --keep 2")
     for path in checkpoints(run)[:-keep]: shutil.rmtree(path)
+    for path in (Path(run)/"ckpt").glob(".step-*"): shutil.rmtree(path, ignore_errors=True) # halves that a kill has left
 
-# %% ../nbs/10_checkpoint.ipynb #34498f92
+# %% ../nbs/10_checkpoint.ipynb #0e828c90
 def rng_state()->dict: # what JSON can hold
     "The state of the generators of Python, NumPy and PyTorch."
     name,keys,*rest = np.random.get_state()
@@ -114,7 +121,7 @@ def set_rng_state(
     torch.set_rng_state(tensor(state["torch"]))
     if state["cuda"] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([tensor(o) for o in state["cuda"]])
 
-# %% ../nbs/10_checkpoint.ipynb #3d525aa7
+# %% ../nbs/10_checkpoint.ipynb #53059a8e
 def optimizer_tensors(
     model, # the model being trained
     opts:list, # its optimisers
@@ -135,7 +142,7 @@ def load_optimizer(
         p,slot = params[name.rpartition(".")[0]],name.rpartition(".")[2]
         owner[id(p)].state[p][slot] = v if slot=="step" else v.to(p.device)
 
-# %% ../nbs/10_checkpoint.ipynb #0e828c90
+# %% ../nbs/10_checkpoint.ipynb #0a96d240
 def save_model(
     path:Path,     # the folder to make
     model:GPT,     # what to save
@@ -162,7 +169,7 @@ def load_weights(
     with torch.no_grad():
         for n,p in params.items(): p.copy_(tensors[n])
 
-# %% ../nbs/10_checkpoint.ipynb #53059a8e
+# %% ../nbs/10_checkpoint.ipynb #abe03d77
 def find_model(
     path:Path, # a run, a checkpoint or a model folder
 )->Path:       # the folder that holds config.json and model.safetensors

@@ -44,10 +44,11 @@ def usage()->str:
 def _verb(argv):
     for n in (2, 1):
         if (verb := " ".join(argv[:n])) in VERBS and len(argv)>=n: return verb, argv[n:]
-    near = [o for words in (" ".join(argv[:2]), argv[0]) for o in difflib.get_close_matches(words, VERBS, n=1, cutoff=.4)]
+    near = [o for words in (" ".join(argv[:2]), argv[0]) for o in difflib.get_close_matches(words, VERBS, 1, .4)]
     more = [v for v in VERBS if v.split()[0]==argv[0]]
-    fix = f"say {' or '.join(more)}" if more else f"did you mean {near[0]}?" if near else "nanogpt --help lists them"
-    raise ConfigError(f"nanogpt has no verb {argv[0]!r}" if not more else f"nanogpt {argv[0]} needs a second word", fix)
+    fix = f"did you mean {near[0]}?" if near else "nanogpt --help lists them"
+    if more: fix = f"say {' or '.join(more)}"
+    raise ConfigError(f"nanogpt {argv[0]} needs a second word" if more else f"nanogpt has no verb {argv[0]!r}", fix)
 
 def parse_only(
     argv:list, # the words after `nanogpt`
@@ -71,7 +72,7 @@ def main(
         if not argv or argv[0] in ("-h", "--help", "help"): print(usage()); return 0
         if argv[0]=="--version": print(__version__); return 0
         if int(os.environ.get("WORLD_SIZE", 1))>1:
-            raise ConfigError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training with several processes is not built yet", "run it without torchrun")
+            raise ConfigError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: several processes are not built yet", "run it without torchrun")
         run,cfg = parse_only(argv)
         return _run(run, cfg)
     except SystemExit as e: return e.code or 0 # --help of a verb

@@ -67,7 +67,7 @@ def write_atomic(
         sync_folder(path.parent)
     except OSError as e:
         if isinstance(e, NanoError): raise
-        fix = "free some space or choose another folder; what stood there before is untouched"
+        fix = "free some space, or choose another place; what stood there before is untouched"
         raise DiskError(f"{path} could not be written: {e.strerror or e}", fix) from e
     finally: tmp.unlink(missing_ok=True) if tmp.parent.is_dir() else None
 
@@ -119,7 +119,9 @@ class RunLog:
         **values, # what JSON can hold
     ):
         "Add one line."
-        with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(kind=kind, **values))+"\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as f: f.write(json.dumps(dict(kind=kind, **values))+"\n")
+        except OSError as e: raise DiskError(f"{self.path} could not be written: {e.strerror}", "free some space, then start again") from e
 
 # %% ../nbs/00_core.ipynb #85d237d5
 def seed(

@@ -227,7 +227,7 @@ def _write(path, jobs, tok, seed, split, counts):
             if not counts[name]["documents"]: say(f"{name} has no {split} text")
     try: return write_shard(path, rows(), tok.fingerprint, tok.n_vocab)
     except DataError as e:
-        if sum(o["tokens"] for o in counts.values()): raise
+        if "no document to write" not in e.what: raise
         raise DataError(f"no {split} text came from {', '.join(n for n,*_ in jobs)}", "choose a corpus that is not empty") from e
 
 # %% ../nbs/04_data.ipynb #3a21a70f
@@ -244,6 +244,9 @@ def prepare(
     mix,out = parse_mix(mix) if isinstance(mix, str) else list(mix),Path(out)
     weights = sum(w or 0 for _,w in mix)
     if weights and not tokens: raise ConfigError("the mix has weights, but no number of tokens to share out", "add --tokens 1000000")
+    if tokens is not None and tokens<1: raise ConfigError(f"--tokens={tokens} leaves nothing to train on", "try --tokens 1000000")
+    if not tokens and any(name=="tales" for name,_ in mix):
+        raise ConfigError("tales never end, so they cannot be read once", "add --tokens 1000000")
     jobs = [(name, tokens*w/weights if w else tokens or inf, bool(w)) for name,w in mix]
     result = dict(fingerprint=tok.fingerprint, train=dict(corpora={}), val=dict(corpora={}))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -259,5 +262,5 @@ def prepare(
             say(f"{part}.bin: {info.tokens:,} tokens in {info.documents:,} documents")
         tok.save(tmp/"tokenizer.json")
         out.mkdir(exist_ok=True)
-        for o in ("train.bin", "val.bin", "tokenizer.json"): os.replace(tmp/o, out/o)
+        for o in ("tokenizer.json", "val.bin", "train.bin"): os.replace(tmp/o, out/o) # the one that is asked for comes last
     return result

@@ -118,6 +118,7 @@ def exact(
     names = sorted({r["category"] for r in items})
     return [share(task, name, [h for h,r in zip(hits, items, strict=True) if r["category"]==name]) for name in names]
 
+# %% ../nbs/15_evals.ipynb #a1cec434
 def endings(
     model:GPT,     # to be measured
     tok:Tokenizer, # its tokenizer
@@ -134,6 +135,7 @@ def endings(
             hits.append(values.index(max(values))==item["label"])
     return [share(task, "acc_completion", by_sum), share(task, "acc_norm_completion", by_mean)]
 
+# %% ../nbs/15_evals.ipynb #f796097a
 def answer_loss(
     model:GPT,         # to be measured
     template:Template, # how conversations are written
@@ -152,7 +154,7 @@ def answer_loss(
     mean,low,high = mean_interval(sums, counts)
     return metric(task, "val_loss", mean, len(counts), low, high)
 
-# %% ../nbs/15_evals.ipynb #a1cec434
+# %% ../nbs/15_evals.ipynb #20b67e57
 def tales_items(
     n:int,      # questions in each category
     seed:int=0, # chooses the worlds
@@ -185,11 +187,13 @@ class EvalConfig:
     limit:int = arg(200, "items of a task (of each category for tales)")
     seed:int = arg(0, "chooses the items where a task has more")
     device:str = arg("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    dtype:str = arg("float32", "numbers of the matrix products; auto: bfloat16 where it is fast", choices=("auto", "float32", "bfloat16"))
     threads:int = arg(0, "processor threads; 0 leaves PyTorch's choice")
     json:bool = arg(False, "one JSON object a line, for programs")
     def __post_init__(self):
         unknown = [t for t in self.tasks if t not in TASKS]
         if unknown: raise ConfigError(f"--tasks={unknown[0]!r} is not a task", f"there are {', '.join(TASKS)}")
+        if not self.tasks: raise ConfigError("--tasks names no task", f"there are {', '.join(TASKS)}")
         if self.limit<1: raise ConfigError(f"--limit={self.limit} leaves nothing to measure", "try --limit 200")
 
 def measure(
@@ -207,4 +211,5 @@ def evaluate(
 )->list:            # metrics
     "Load a model and measure it."
     if cfg.threads: torch.set_num_threads(cfg.threads)
-    return measure(*load_model(cfg.model, pick_device(cfg.device).name), cfg.tasks, cfg.limit, cfg.seed)
+    device = pick_device(cfg.device, cfg.dtype)
+    with device.autocast(): return measure(*load_model(cfg.model, device.name), cfg.tasks, cfg.limit, cfg.seed)

@@ -37,14 +37,16 @@ def convert(
         if value is None or str(value).lower()=="none": return None
         return convert(value, next(a for a in args if a is not type(None)), name)
     if origin in (tuple, list):
-        items = [o for o in value.split(",") if o] if isinstance(value, str) else value
+        if isinstance(value, str): value = [o for o in value.split(",") if o]
+        items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(o, args[0], name) for o in items)
     try:
         if kind is bool: return {"true":True, "false":False, "1":True, "0":False}[str(value).lower()]
         if kind is int: return int(str(value).replace("_", ""))
+        if isinstance(value, (list, dict)): raise TypeError
         return kind(value)
     except (ValueError, KeyError, TypeError):
-        wanted = {int:"a whole number", float:"a number", bool:"true or false"}.get(kind, kind.__name__)
+        wanted = {int:"a whole number", float:"a number", bool:"true or false", str:"a text", Path:"a path"}.get(kind, kind.__name__)
         raise ConfigError(f"--{name}={value!r} is not {wanted}", f"give --{name} {wanted}") from None
 
 # %% ../nbs/00a_settings.ipynb #5ddfe95a
@@ -58,14 +60,14 @@ def read_settings(
     "The settings in a file; it is TOML when its name says so, else JSON."
     path = Path(path)
     try:
-        if path.suffix!=".toml": return json.loads(path.read_text(encoding="utf-8"))
-        try:
-            import tomllib
-        except ImportError: # Python 3.10
-            import tomli as tomllib
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        import tomllib
+    except ImportError: # Python 3.10
+        import tomli as tomllib
+    try: out = (tomllib if path.suffix==".toml" else json).loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise ConfigError(f"there is no file {path}", "check the name after --config") from None
-    except ValueError as e: raise ConfigError(f"{path} cannot be read: {e}", "correct the file, or give the settings as flags") from None
+    except (ValueError, OSError) as e: raise ConfigError(f"{path} cannot be read: {e}", "correct it, or use flags") from None
+    if not isinstance(out, dict): raise ConfigError(f"{path} holds no names and values", 'write {"steps": 100}, or in TOML: steps = 100')
+    return out
 
 # %% ../nbs/00a_settings.ipynb #e753e432
 class _Parser(ArgumentParser):

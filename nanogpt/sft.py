@@ -15,7 +15,7 @@ from . import checkpoint as ck
 from .core import ConfigError, Dist, say, seed
 from .corpus import conversations, parse_mix
 from .data import Loader
-from .pretrain import fit
+from .pretrain import check_fresh, fit
 from .settings import arg
 from .shard import Shard, write_shard
 from .template import Template, shard_rows
@@ -44,9 +44,12 @@ def write_talks(
     tok:Tokenizer,  # encodes them
 )->tuple:           # the training and the validation shard
     "Write conversations with their masks as shards, unless the run's folder already holds them."
+    check_fresh(cfg)
     where = cfg.out/"data"
     for part,split,n in (("train","train",cfg.rows), ("val","test",cfg.val_rows)):
-        if (where/f"{part}.bin").exists() and cfg.resume=="auto": continue
+        if (where/f"{part}.bin").exists() and cfg.resume=="auto":
+            say(f"using {where/part}.bin")
+            continue
         write_shard(where/f"{part}.bin", shard_rows(_talks(cfg, split, n), Template(tok)), tok.fingerprint, tok.n_vocab, mask=True)
     return Shard(where/"train.bin", tok), Shard(where/"val.bin", tok)
 

@@ -7,6 +7,8 @@ __all__ = ['RECIPES', 'Recipe', 'demo', 'real_small', 'SpeedrunConfig', 'sampler
            'card_text', 'speedrun']
 
 # %% ../nbs/40_speedrun.ipynb #d2b4592c
+import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from .checkpoint import load_model
-from .core import peak_memory_bytes, read_log, say, write_json
+from .core import ConfigError, peak_memory_bytes, read_json, read_log, say, write_json
 from .corpus import conversation, parse_mix, rows
 from .evals import measure
 from .pretrain import TrainConfig, pretrain
@@ -51,6 +53,8 @@ class SpeedrunConfig:
     threads:int = arg(0, "processor threads; 0 leaves PyTorch's choice")
     limit:int = arg(0, "items of each evaluation; 0: the recipe's")
     json:bool = arg(False, "print the card as JSON instead of a table")
+    def __post_init__(self):
+        if self.limit<0: raise ConfigError(f"--limit={self.limit} leaves nothing to measure", "try --limit 200")
     def plan(self)->Recipe:
         "The recipe with this command's folder, seed and threads in both runs."
         r,mine = RECIPES[self.recipe](),dict(seed=self.seed, threads=self.threads, resume=self.resume)
@@ -96,6 +100,18 @@ def side_by_side(
     return out
 
 # %% ../nbs/40_speedrun.ipynb #3f7662ab
+def _record(cfg, plan):
+    "What is needed to make these numbers again."
+    made = read_json(plan.base.out/"config.json")
+    same = {k:made[k] for k in ("commit","versions","threads","device","dtype")}
+    return dict(command=f"nanogpt speedrun --preset {cfg.recipe} --seed {cfg.seed}", date=time.strftime("%Y-%m-%d"),
+                machine=platform.machine(), cores=os.cpu_count(), **same)
+
+def _curve(run):
+    steps,evals = read_log(run, "step"),read_log(run, "eval")
+    thin = steps[::max(1, len(steps)//50)]
+    return dict(loss=[[o["step"], round(o["loss"], 4)] for o in thin], val_loss=[[o["step"], round(o["val_loss"], 4)] for o in evals])
+
 def _named(metrics):
     out = {}
     for m in metrics:
@@ -103,26 +119,31 @@ def _named(metrics):
         out[name] = {k:m[k] for k in ("value","n","low","high","version")}
     return out
 
+# %% ../nbs/40_speedrun.ipynb #7280942b
 def make_card(
-    plan:Recipe,   # what was run
-    started:float, # time.time() at the start
+    cfg:SpeedrunConfig, # what was run
+    started:float, # time.time() at the start, less the training seconds of earlier processes
 )->dict:           # seconds, tokens, peak_memory_bytes, before and after → metric, samples
     "Measure both runs and put everything on one card; written to card.json beside them."
-    card = dict(tokens=0, seconds=0., training_seconds=0., runs={})
+    plan = cfg.plan()
+    card = dict(record=_record(cfg, plan), tokens=0, seconds=0., training_seconds=0., runs={})
     for name,run in (("base", plan.base.out), ("tuned", plan.tuned.out)):
         last = read_log(run, "step")[-1]
-        card["runs"][name] = dict(steps=last["step"], tokens=last["tokens"], seconds=last["seconds"], loss=last["loss"])
+        card["runs"][name] = dict(steps=last["step"], tokens=last["tokens"], seconds=last["seconds"], **_curve(run))
         card["tokens"] += last["tokens"]; card["training_seconds"] += last["seconds"]
     for key,run in (("before", plan.base.out), ("after", plan.tuned.out)):
         say(f"measuring {run}")
         card[key] = _named(measure(*load_model(run), plan.tasks, plan.limit, plan.base.seed))
-    items,knobs = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed),SampleConfig(temperature=.3, max_tokens=120, seed=plan.base.seed)
+    items = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed)
+    knobs = SampleConfig(temperature=.3, max_tokens=120, seed=plan.base.seed)
     card["samples"] = side_by_side(plan.base.out, plan.tuned.out, items, knobs)
     speed = card["tokens"]/card["training_seconds"]
-    card.update(seconds=time.time()-started, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())
+    peak = max(o.get("peak_memory_bytes", 0) for run in (plan.base.out, plan.tuned.out) for o in read_log(run, "note"))
+    card.update(seconds=time.time()-started, tokens_per_second=speed, peak_memory_bytes=max(peak, peak_memory_bytes()))
     write_json(plan.base.out.parent/"card.json", card)
     return card
 
+# %% ../nbs/40_speedrun.ipynb #d133f884
 def _short(text, n): text = " ".join(text.split()); return text if len(text)<=n else text[:n-1]+"…"
 
 def card_text(
@@ -140,15 +161,18 @@ def card_text(
                  f"peak memory {card['peak_memory_bytes']/1e9:.2f} GB"]
     return "\n".join(rows)
 
+# %% ../nbs/40_speedrun.ipynb #75384ece
 def speedrun(
     cfg:SpeedrunConfig, # where, which recipe, which seed
 )->dict:                # the card
     "Pretrain, tune, measure, compare; stopped at any moment and started again, it goes on."
-    started,plan = time.time(),cfg.plan()
+    plan = cfg.plan()
+    earlier = [read_log(run, "step")[-1:] for run in (plan.base.out, plan.tuned.out)]
+    started = time.time()-sum(o["seconds"] for last in earlier for o in last)
     say(f"1/3 pretraining on {plan.base.corpus} → {plan.base.out}")
     knobs = SampleConfig(max_tokens=60, seed=cfg.seed)
     if pretrain(plan.base, sampler(["One day,"], False, knobs))["reason"]!="done": return {}
     say(f"2/3 tuning on conversations of {plan.tuned.corpus} → {plan.tuned.out}")
     if tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs))["reason"]!="done": return {}
     say("3/3 the same questions, before and after")
-    return make_card(plan, started)
+    return make_card(cfg, started)

@@ -58,9 +58,13 @@ class FitConfig:
     kernel:str = arg("auto", "attention kernel; auto measures both once", choices=("auto", "fused", "written"))
 
     def __post_init__(self):
-        low = [k for k in ("seq_len", "micro_batch", "batch_tokens", "clip", "lr") if getattr(self, k)<=0]
-        low += [k for k in ("steps", "eval_every", "save_every", "warmup_steps") if getattr(self, k)<0]
-        if low: raise ConfigError(f"--{low[0]}={getattr(self, low[0])} is too small", f"give --{low[0]} a value above zero")
+        positive = "seq_len micro_batch batch_tokens clip lr muon_lr epochs eval_batches".split()
+        wrong = [k for k in positive if not 0<getattr(self, k)<math.inf]           # NaN is in no interval
+        least_zero = "steps eval_every save_every warmup_steps threads weight_decay floor".split()
+        wrong += [k for k in least_zero if not 0<=getattr(self, k)<math.inf]
+        if not 0<=self.seed<2**32: wrong.append("seed")
+        if wrong: raise ConfigError(f"--{wrong[0]}={getattr(self, wrong[0])} is out of range", f"give --{wrong[0]} a value above zero")
+        if self.out.is_file(): raise ConfigError(f"--out={self.out} is a file", "choose the name of a folder")
         if self.keep<2: raise ConfigError(f"--keep={self.keep} would leave no second checkpoint", "try --keep 2")
     def accum(
         self,

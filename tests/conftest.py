@@ -29,3 +29,27 @@ def data_home():
     if not folder: pytest.skip("NANOGPT_DATA is not set: this test reads real data (CONTRIBUTING.md says which)")
     if not Path(folder).is_dir(): pytest.skip(f"NANOGPT_DATA={folder} is not a folder: this test reads real data")
     return Path(folder)
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    "A small vocabulary and a few thousand tokens of tales, prepared by the program itself; a folder for --data and --tokenizer."
+    from mini import run
+    home = tmp_path_factory.mktemp("shards")
+    run("tokenizer", "--corpus", "tales", "--vocab_size", 400, "--tokenizer_bytes", 60_000, "--out", home/"t")
+    run("data", "--corpus", "tales", "--tokens", 8000, "--tokenizer", home/"t", "--out", home/"d")
+    return home/"d"
+
+@pytest.fixture(scope="session")
+def whole(shards, tmp_path_factory):
+    "A tiny pretraining that nobody stopped."
+    from mini import PRETRAIN, run
+    out = tmp_path_factory.mktemp("whole")/"base"
+    run(*PRETRAIN, "--data", shards, "--out", out)
+    return out
+
+@pytest.fixture(scope="session")
+def tuned(whole):
+    "A tiny instruction tuning of it that nobody stopped."
+    from mini import SFT, run
+    run(*SFT, "--init", whole, "--out", whole.parent/"tuned")
+    return whole.parent/"tuned"

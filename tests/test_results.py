@@ -1,0 +1,31 @@
+"The numbers people read in the README are those of the records in results/, to the letter."
+import json
+
+import pytest
+from conftest import ROOT
+
+RECORDS = sorted((ROOT/"results").glob("*.json"))
+
+def load(path): return json.loads(path.read_text(encoding="utf-8"))
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_readme_shows_the_record(path):
+    "The table in the README is what `card_text` makes of the record."
+    from nanogpt.speedrun import card_text
+    table = card_text(load(path))
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    missing = [line for line in table.splitlines() if line.rstrip() not in {o.rstrip() for o in text.splitlines()}]
+    assert not missing, missing
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
+def test_record_is_complete(path):
+    "A record says how it was made, and every metric has n and an interval around its value."
+    card = load(path)
+    assert card["record"]["command"].startswith("nanogpt speedrun") and card["record"]["commit"] and card["record"]["versions"]["torch"]
+    assert card["before"].keys() == card["after"].keys()
+    for side in ("before", "after"):
+        for m in card[side].values(): assert m["n"] > 0 and m["low"] <= m["value"] <= m["high"]
+
+def test_there_are_records():
+    "Both recipes have been run."
+    assert {"demo", "real-small"} <= {p.stem for p in RECORDS}
