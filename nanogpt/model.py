@@ -32,6 +32,7 @@ class GPTConfig:
     bias:bool = arg(True, "biases in linears and layer norms")
     position:str = arg("learned", "how a token knows its place", choices=("learned", "rotary"))
     rotary_share:float = arg(1., "share of each head's channel pairs that rotary positions turn; the others carry meaning alone")
+    rotary_base:float = arg(10_000., "how much slower the slowest pair turns than the first; small for short contexts")
     qk_norm:bool = arg(False, "norm queries and keys, so that high rates of learning stay stable")
 
     def __post_init__(self):
@@ -44,11 +45,12 @@ class GPTConfig:
 def turns(
     at:Tensor, # (B,T) positions
     D:int,     # width of a head, even
-    share:float=1., # of the pairs that turn; the slow ones stay still
+    share:float=1., # of the pairs that turn; the others stay still
+    base:float=10_000., # how much slower the slowest pair turns than the first
 )->tuple:      # cosines and signed sines, each (B,1,T,D): made once per step, used by every layer
     "The angle of each pair of channels at each position: position × frequency. Source: arXiv:2104.09864 §3."
     pairs = torch.arange(D//2, device=at.device)
-    frequency = 10_000**(-2*pairs/(D*share)) * (pairs<share*D/2)        # (D/2)
+    frequency = base**(-2*pairs/(D*share)) * (pairs<share*D/2)          # (D/2)
     angle = at[:,None,:,None]*frequency                                 # (B,1,T,D/2)
     return angle.cos().repeat(1, 1, 1, 2), torch.cat([-angle.sin(), angle.sin()], -1)
 
@@ -158,7 +160,7 @@ class GPT(nn.Module):
         at = past.positions(B, T, idx.device)
         learned = self.cfg.position=="learned"
         x = t.drop(t.wte(idx)+t.wpe(at) if learned else t.wte(idx))
-        turn = None if learned else turns(at, self.cfg.n_embd//self.cfg.n_head, self.cfg.rotary_share)
+        turn = None if learned else turns(at, self.cfg.n_embd//self.cfg.n_head, self.cfg.rotary_share, self.cfg.rotary_base)
         for block in t.h: x = block(x, past, turn)
         return t.ln_f(x)
     def forward(
@@ -183,7 +185,7 @@ class GPT(nn.Module):
 def tiny():
     "The demo's: a million parameters, with what makes small models learn to look back fast."
     return GPTConfig(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128, bias=False,
-                     position="rotary", rotary_share=.5, qk_norm=True)
+                     position="rotary", rotary_share=.5, rotary_base=100., qk_norm=True)
 def gpt2():
     "124M parameters, as published."
     return GPTConfig()

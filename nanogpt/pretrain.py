@@ -167,7 +167,7 @@ def fit(
     return dict(end, seconds=t.seconds, tokens=t.tokens, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())
 
 def _last_words(out, step, error):
-    full = getattr(error.__cause__, "errno", None)==errno.ENOSPC or "No space left" in str(error)
+    full = any(getattr(e, "errno", None)==errno.ENOSPC or "No space left" in str(e) for e in (error, error.__cause__))
     try: write_json(out/"exit.json", dict(reason="disk_full" if full else "error", step=step, error=str(error)))
     except OSError: say(f"{out}/exit.json could not be written either") # the disk is full: the error itself follows
 

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 
 import pytest
-from mini import PRETRAIN, SFT, command, copy, environment, one_message, run, tree
+from mini import PRETRAIN, SFT, command, copy, environment, here, one_message, run, tree
 
 from nanogpt.cli import VERBS, main, parse_only
 from nanogpt.settings import settings
@@ -75,7 +75,8 @@ def test_help_of_a_verb_names_every_setting(verb, call):
 def test_exit_codes(whole, tmp_path):
     "0 done, 2 the user can fix it, 3 there is no checkpoint."
     assert run("ckpt", "latest", whole).stdout.strip()==str(whole/"ckpt/step-00000030")
-    for what in ("list", "latest", "verify"): assert run("ckpt", what, tmp_path/"none", "--json", code=3).stdout==""
+    assert run("ckpt", "latest", tmp_path/"none", "--json", code=3).stdout==""
+    for what in ("list", "verify"): assert here("ckpt", what, tmp_path/"none", "--json")==(3, "")
     one_message(run("pretrain", "--sead", 3, code=2).stderr, "did you mean --seed?")
     one_message(run("pretrain", code=2, before="import os; os.environ['WORLD_SIZE']='2'").stderr, "WORLD_SIZE=2")
 
