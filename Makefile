@@ -22,7 +22,7 @@ demo: $(VENV)/.runtime ## from raw text to an assistant, on this machine, withou
 
 test: $(VENV)/.dev ## run every test: notebooks, gates, and what notebooks cannot show
 	@echo "==> Running all tests (under 20 minutes on two cores) …"
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lab: $(VENV)/.runtime ## open the lessons in JupyterLab
 	@if ls lessons/*.ipynb >/dev/null 2>&1; then dir=lessons; echo "==> Opening the lessons in JupyterLab (stop with Ctrl-C) …"; \

@@ -79,7 +79,8 @@ class Packed:
             self.dropped += not useful
             self.cut += bool(useful) and len(keep)>width
             if useful: kept.append(k); lengths.append(min(len(keep), width))
-        if not kept: raise DataError(f"none of {len(rows)} conversations has a token to learn in its first {width}", f"try --seq_len {2*seq_len}")
+        if not kept:
+            raise DataError(f"none of {len(rows)} conversations has a token to learn in its first {width}", f"try --seq_len {2*seq_len}")
         self.rows,self.seq_len,self.pad = rows,seq_len,pad
         self.members = [[kept[i] for i in r] for r in first_fit(lengths, width)]
         self.used = sum(lengths)/(width*len(self.members))          # share of places that are not padding
