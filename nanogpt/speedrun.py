@@ -36,7 +36,7 @@ class Recipe:
 
 def demo():
     "Two cores, no network, a few minutes: tales and Python's own prose, then questions about tales."
-    return Recipe(TrainConfig.presets["demo"](), SFTConfig.presets["demo"](), ("tales",), 200)
+    return Recipe(TrainConfig.presets["demo"](), SFTConfig.presets["demo"](), ("tales",), 150)
 def real_small():
     "Real text on a laptop: FineWeb-Edu, Wikipedia and novels, then all of Dolly; needs NANOGPT_DATA or the hub."
     return Recipe(TrainConfig.presets["real-small"](), SFTConfig.presets["real-small"](), ("dolly", "hellaswag"), 1000)
