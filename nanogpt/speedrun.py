@@ -24,6 +24,7 @@ from .sample import SampleConfig, generate
 from .settings import arg
 from .sft import SFTConfig, tune
 from .template import Template
+from .tokenizer import Tokenizer
 
 # %% ../nbs/40_speedrun.ipynb #50dcb9aa
 @dataclass(frozen=True)
@@ -76,12 +77,16 @@ def sampler(
     return sample
 
 def questions(
-    corpus:str, # name of a set of instruction rows
-    seed:int,   # chooses them
-)->list:        # one row of each category
-    "Held-out rows, the first of each category."
-    found = {}
-    for row in islice(rows(corpus, "test", seed), 2000): found.setdefault(row["category"], row)
+    corpus:str,    # name of a set of instruction rows
+    seed:int,      # chooses them
+    tok:Tokenizer, # counts
+    room:int,      # most tokens of a prompt
+)->list:           # one row of each category
+    "Held-out rows, the first of each category whose prompt fits."
+    found,template = {},Template(tok)
+    for row in islice(rows(corpus, "test", seed), 2000):
+        if row["category"] in found: continue
+        if len(template.prompt(conversation(row)["messages"][:1]))<=room: found[row["category"]] = row
     return [found[k] for k in sorted(found)]
 
 def side_by_side(
@@ -134,8 +139,9 @@ def make_card(
     for key,run in (("before", plan.base.out), ("after", plan.tuned.out)):
         say(f"measuring {run}")
         card[key] = _named(measure(*load_model(run), plan.tasks, plan.limit, plan.base.seed))
-    items = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed)
+    model,tok = load_model(plan.tuned.out)
     knobs = SampleConfig(temperature=.3, max_tokens=120, seed=plan.base.seed)
+    items = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed, tok, model.cfg.block_size//2)
     card["samples"] = side_by_side(plan.base.out, plan.tuned.out, items, knobs)
     speed = card["tokens"]/card["training_seconds"]
     peak = max(o.get("peak_memory_bytes", 0) for run in (plan.base.out, plan.tuned.out) for o in read_log(run, "note"))
