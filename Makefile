@@ -9,11 +9,11 @@ SETUP  := settings.ini constraints.txt setup.py pyproject.toml
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab chat bench notebooks clean
+.PHONY: help demo test test-long lab chat bench notebooks clean
 
 help: ## show this list
 	@echo "make TARGET, where TARGET is one of:"
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
 demo: $(VENV)/.runtime ## from raw text to an assistant, on this machine, without network; result in runs/demo
 	@echo "==> Training a small GPT from nothing and tuning it to follow instructions (a few minutes on two cores) …"
@@ -23,6 +23,10 @@ demo: $(VENV)/.runtime ## from raw text to an assistant, on this machine, withou
 test: $(VENV)/.dev ## run every test: notebooks, gates, and what notebooks cannot show
 	@echo "==> Running all tests (under 20 minutes on two cores) …"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-long: $(VENV)/.dev ## run what takes longer than minutes: the whole demo, held to its numbers
+	@echo "==> Running the long tests (about ten minutes on two cores) …"
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 lab: $(VENV)/.runtime ## open the lessons in JupyterLab
 	@if ls lessons/*.ipynb >/dev/null 2>&1; then dir=lessons; echo "==> Opening the lessons in JupyterLab (stop with Ctrl-C) …"; \

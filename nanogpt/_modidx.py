@@ -390,4 +390,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanogpt.words.held': ('words.html#held', 'nanogpt/words.py'),
                                'nanogpt.words.people': ('words.html#people', 'nanogpt/words.py'),
                                'nanogpt.words.pick': ('words.html#pick', 'nanogpt/words.py'),
-                               'nanogpt.words.places': ('words.html#places', 'nanogpt/words.py')}}}
+                               'nanogpt.words.places': ('words.html#places', 'nanogpt/words.py'),
+                               'nanogpt.words.side': ('words.html#side', 'nanogpt/words.py')}}}

@@ -151,7 +151,8 @@ def answer_loss(
         x,y = (o.to(model.lm_head.weight.device) for o in (torch.tensor([ids[:-1]]), y))
         with torch.inference_mode(): total,n = model.loss(x, y)
         if n: sums.append(total.item()); counts.append(n.item())
-    if len(counts)<len(talks): say(f"{task}: {len(talks)-len(counts)} of {len(talks)} conversations have no answer within {model.cfg.block_size} tokens")
+    blind = len(talks)-len(counts)
+    if blind: say(f"{task}: {blind} of {len(talks)} conversations have no answer within {model.cfg.block_size} tokens")
     mean,low,high = mean_interval(sums, counts)
     return metric(task, "val_loss", mean, len(counts), low, high)
 
