@@ -33,7 +33,7 @@ def wilson(
     "Wilson's interval for a share. Source: doi:10.1080/01621459.1927.10502953."
     z,p = 1.959964,hits/n
     middle,half = p+z*z/(2*n),z*math.sqrt(p*(1-p)/n+z*z/(4*n*n))
-    return max(0., (middle-half)/(1+z*z/n)), min(1., (middle+half)/(1+z*z/n))
+    return max(0., min(p, (middle-half)/(1+z*z/n))), min(1., max(p, (middle+half)/(1+z*z/n))) # p lies inside, whatever rounding does
 
 def mean_interval(
     sums:list,   # per row: the sum of its losses
