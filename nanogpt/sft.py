@@ -6,13 +6,14 @@
 __all__ = ['SFTConfig', 'write_talks', 'tune', 'demo', 'real_small', 'dolly']
 
 # %% ../nbs/14_sft.ipynb #f758bed0
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from . import checkpoint as ck
-from .core import ConfigError, Dist, say, seed
+from .core import ConfigError, DataError, Dist, say, seed
 from .corpus import conversations, parse_mix
 from .data import Loader
 from .pretrain import check_fresh, fit
@@ -65,9 +66,13 @@ def tune(
     if cfg.seq_len>model.cfg.block_size:
         room = model.cfg.block_size
         raise ConfigError(f"--seq_len={cfg.seq_len} exceeds the context of {room} of --init", f"try --seq_len {room}")
-    train,val = write_talks(cfg, tok)
+    new = not cfg.out.exists()
     load = lambda shard: Loader(shard, cfg.seq_len, cfg.micro_batch, seed=cfg.seed, rank=dist.rank, world=dist.world)
-    return fit(model, load(train), cfg, tok, load(val), sample, dist)
+    try: train,val = map(load, write_talks(cfg, tok))
+    except DataError: # rows too short, or nothing to learn: leave no folder behind
+        if new: shutil.rmtree(cfg.out, ignore_errors=True)
+        raise
+    return fit(model, train, cfg, tok, val, sample, dist)
 
 # %% ../nbs/14_sft.ipynb #d20ccbd2
 def demo():

@@ -83,10 +83,12 @@ def questions(
     room:int,      # most tokens of a prompt
 )->list:           # one row of each category
     "Held-out rows, the first of each category whose prompt fits."
-    found,template = {},Template(tok)
+    found,seen,template = {},set(),Template(tok)
     for row in islice(rows(corpus, "test", seed), 2000):
+        seen.add(row["category"])
         if row["category"] in found: continue
         if len(template.prompt(conversation(row)["messages"][:1]))<=room: found[row["category"]] = row
+    if seen-found.keys(): say(f"no prompt of {', '.join(sorted(seen-found.keys()))} fits {room} tokens")
     return [found[k] for k in sorted(found)]
 
 def side_by_side(
@@ -141,7 +143,7 @@ def make_card(
         card[key] = _named(measure(*load_model(run), plan.tasks, plan.limit, plan.base.seed))
     model,tok = load_model(plan.tuned.out)
     knobs = SampleConfig(temperature=.3, max_tokens=120, seed=plan.base.seed)
-    items = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed, tok, model.cfg.block_size//2)
+    items = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed, tok, model.cfg.block_size-32)
     card["samples"] = side_by_side(plan.base.out, plan.tuned.out, items, knobs)
     speed = card["tokens"]/card["training_seconds"]
     peak = max(o.get("peak_memory_bytes", 0) for run in (plan.base.out, plan.tuned.out) for o in read_log(run, "note"))
