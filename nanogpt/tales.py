@@ -96,7 +96,7 @@ def _shuffled(items, rng): return [x for _,x in sorted((((rng.random(), i), x) f
 # %% ../nbs/03a_tales.ipynb #a5af82b4
 def game(
     rng:Random,    # its numbers decide everything
-    split:str="train", # whose people and places
+    split:str="train", # of the worlds its facts come from
     lines:int=5,   # facts in all
 )->tuple:          # the text, and (category, question, answer) for everything in it
     "Facts about several people, no two alike, and everything that can be asked about them."
