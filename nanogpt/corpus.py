@@ -249,15 +249,15 @@ def conversation(
     row:dict,      # instruction, context, response, category
     source:str="", # where it is from
 )->dict:           # {"messages", "category", "source"}
-    "A row of Dolly's as a conversation of one turn: the context stands under the instruction, after a blank line."
-    ask = "\n\n".join(t for t in (row["instruction"], row.get("context")) if t)
+    "A row of Dolly's as a conversation of one turn: first the context, then a blank line and what is asked, next to its answer."
+    ask = "\n\n".join(t for t in (row.get("context"), row["instruction"]) if t)
     return dict(messages=[dict(role="user", content=ask), dict(role="assistant", content=row["response"])],
                 category=row.get("category", ""), source=source)
 
 # %% ../nbs/03b_corpus.ipynb #0522791b
 def _tales_talk(world, rng):
-    if rng.random() < .6: return [tales.chat(world, rng)]                               # many turns, and so many answers
-    return [conversation(tales.pick(rng, tales.rows(world, rng)), "tales")]
+    if rng.random() < .82: return [tales.chat(world, rng)]                              # many turns, and so many answers
+    return [conversation(tales.practice(world, rng), "tales")]
 
 def conversations(
     name:str,          # "tales", "dolly", a file of Dolly's rows or of {"messages": …}, or a hub id

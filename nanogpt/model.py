@@ -29,6 +29,7 @@ class GPTConfig:
     n_head:int = arg(12, "attention heads in each block")
     n_embd:int = arg(768, "channels")
     dropout:float = arg(0., "share of activations dropped in training")
+    init_std:float = arg(0.02, "standard deviation of fresh weights; 1/√n_embd is a good guess for small models")
     bias:bool = arg(True, "biases in linears and layer norms")
     position:str = arg("learned", "how a token knows its place", choices=("learned", "rotary"))
     rotary_share:float = arg(1., "share of each head's channel pairs that rotary positions turn; the others carry meaning alone")
@@ -144,9 +145,9 @@ class GPT(nn.Module):
         self.lm_head.weight = self.transformer.wte.weight # tied
         self.apply(self._init)
         for name,p in self.named_parameters(): # 2 branches per block add up: scale each by 1/√(2L)
-            if name.endswith("c_proj.weight"): nn.init.normal_(p, std=0.02/math.sqrt(2*cfg.n_layer))
+            if name.endswith("c_proj.weight"): nn.init.normal_(p, std=cfg.init_std/math.sqrt(2*cfg.n_layer))
     def _init(self, m):
-        if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=0.02)
+        if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=self.cfg.init_std)
         if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
     def hidden(
         self,
@@ -184,7 +185,7 @@ class GPT(nn.Module):
 # %% ../nbs/06_model.ipynb #dabc4f6c
 def tiny():
     "The demo's: a million parameters, with what makes small models learn to look back fast."
-    return GPTConfig(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128, bias=False,
+    return GPTConfig(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128, bias=False, init_std=.08,
                      position="rotary", rotary_share=.5, rotary_base=100., qk_norm=True)
 def gpt2():
     "124M parameters, as published."

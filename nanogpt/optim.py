@@ -34,7 +34,8 @@ def orthogonalize(
     X = X/(X.norm()+1e-7)                            # now no singular value is above 1
     for _ in range(steps):
         A = X@X.mT
-        X = 3.4445*X + (-4.7750*A+2.0315*A@A)@X
+        B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.addmm(X, B, X, beta=3.4445)        # 3.4445 X − 4.7750 AX + 2.0315 A²X
     return X.mT if tall else X
 
 # %% ../nbs/09_optim.ipynb #ebefa32a

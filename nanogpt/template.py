@@ -63,7 +63,7 @@ class Template:
 def dolly_messages(
     row:dict, # instruction, response, perhaps context
 )->list:      # a question and its answer
-    "A row in Dolly's columns as messages, the context under the instruction after a blank line; raises DataError for an empty column."
+    "A row in Dolly's columns as messages, the instruction under the context after a blank line; raises DataError for an empty column."
     for key in ("instruction", "response"):
         if str(row.get(key) or "").strip(): continue
         raise DataError(f"the row has no {key}: {str(row)[:80]}", f"fill the column {key}, or leave the row out")

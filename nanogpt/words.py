@@ -58,22 +58,26 @@ def held(
 KINDS = {"she": dict(he="she", him="her", his="her", kid="girl"), "he": dict(he="he", him="him", his="his", kid="boy")}
 
 @cache
-def people()->list: # Words with he, him, his, kid
-    "Everyone who may appear in a world."
-    return [Word(name, **KINDS[k]) for k in KINDS for name in DATA["names"][k].split()]
+def people(
+    slot:str, # "a", the hero, or "b", the friend
+)->list:      # Words with he, him, his, kid
+    "Everyone who may have this part in a story."
+    return [Word(name, **KINDS[k]) for k in KINDS for name in DATA["names"][slot][k].split()]
 
 @cache
-def places()->list: # Words such as "the mill" with at, to and noun
-    "Everywhere a story may happen."
+def places(
+    slot:str, # "p", where a story begins, or "q", where it ends
+)->list:      # Words such as "the mill" with at, to and noun
+    "Everywhere this part of a story may happen."
     return [Word(f"the {noun}", at=f"{by} the {noun}", to=f"to the {noun}", noun=noun)
-            for by in ("in", "at", "on", "by") for noun in DATA["places"][by].split()]
+            for by,nouns in DATA["places"][slot].items() for noun in nouns.split()]
 
 def side(
-    a:str,  # somebody
-    b:str,  # somebody else
+    a:str,  # the hero
+    b:str,  # the friend
     th:str, # a thing
-    p:str,  # the noun of a place
+    p:str,  # the noun of the first place
 )->str:     # "train", "test", or "" for a world that is neither
     "Which split a world belongs to: both of its pairs are held out, or none of them, or it is thrown away."
-    kept = {held("people", *sorted((a, b))), held("pair", th, p)}
+    kept = {held("people", a, b), held("pair", th, p)}
     return "" if len(kept)==2 else "test" if kept=={True} else "train"

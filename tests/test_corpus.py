@@ -27,7 +27,7 @@ def sides():
 
 def folk(text):
     "Everybody a text names."
-    return {n for n in tales.people() if re.search(rf"\b{n}\b", text)}
+    return {n for slot in "ab" for n in tales.people(slot) if re.search(rf"\b{n}\b", text)}
 
 def together(texts):
     "Every pair of people that some text names."
@@ -42,12 +42,13 @@ def test_no_pair_is_on_both_sides(sides, pair):
     assert len(pairs["train"]) > 200 and len(pairs["test"]) > 20
     assert not pairs["train"] & pairs["test"]
 
-def test_a_thing_is_nowhere_near_a_held_out_place(sides):
-    "Not even the second place of a training world makes a held-out pair."
-    assert all(not tales.held("pair", w.facts["th"], w.facts["q"].noun) for w in sides["train"])
+@pytest.mark.parametrize("one,other", ["ab", "pq"])
+def test_each_role_has_words_of_its_own(sides, one, other):
+    said = {slot: {w.facts[slot] for ws in sides.values() for w in ws} for slot in (one, other)}
+    assert len(said[one]) > 10 and len(said[other]) > 10 and not said[one] & said[other]
 
 def test_no_training_text_names_a_held_out_pair_of_people(sides):
-    "Stories, games, chats and rows, read as text."
+    "Stories, chats and rows, read as text."
     rng = Random(0)
     texts = [x for w in sides["train"][:1500] for x in (tales.story(w, rng), json.dumps(tales.chat(w, rng)))]
     texts += [json.dumps(r) for r in islice(corpus.rows("tales"), 1500)]
@@ -174,7 +175,7 @@ def test_dolly_rows_and_messages_from_a_file(tmp_path):
     got = [r for s in corpus.SPLITS for r in corpus.rows(str(path), s)]
     assert sorted(r["instruction"] for r in got) == sorted(r["instruction"] for r in ROWS)
     talk = next(c for c in corpus.conversations(str(path)) if "\n\n" in c["messages"][0]["content"])
-    assert re.fullmatch(r"What is \d+\?\n\n\d+ is a number\.", talk["messages"][0]["content"])
+    assert re.fullmatch(r"\d+ is a number\.\n\nWhat is \d+\?", talk["messages"][0]["content"])
     assert talk["messages"][1]["role"] == "assistant" and talk["category"] == "open_qa"
     assert any("What is 1?" in d and "A number, 1." in d for s in corpus.SPLITS for d in corpus.documents(str(path), s))
 
