@@ -61,13 +61,13 @@ _slots = cache(lambda text: frozenset(re.findall(r"\{(\w+)", text)))
 def tell(
     world:World, # what is true
     rng:Random,  # chooses the wordings
-    brief:bool=False, # the shorter of two wordings each time?
+    tries:int=1, # wordings drawn for each beat, of which the shortest is taken
 )->Tale:
     "Tell the world once: every beat of its plot in one of its wordings."
     said,told = [],set()
     for beat in DATA["plots"][world.plot]["beats"]:
         forms = beat if isinstance(beat, list) else DATA["beats"][beat]
-        form = min((pick(rng, forms) for _ in range(1+2*brief)), key=len)
+        form = min((pick(rng, forms) for _ in range(tries)), key=len)
         sentence = fill(form, world.facts)
         if not sentence or sentence in " ".join(said): continue
         said.append(sentence)
@@ -112,7 +112,7 @@ def story(
     rng:Random,  # chooses the wordings
 )->str:
     "One document for pretraining: a tale, often followed by people who talk about it."
-    if rng.random() < .5: return " ".join((tell(world, rng, brief=True).text, pick(rng, DATA["again"]), tell(world, rng, brief=True).text))
+    if rng.random() < .5: return " ".join((tell(world, rng, 3).text, pick(rng, DATA["again"]), tell(world, rng, 3).text))
     tale = tell(world, rng)
     text,asked = tale.text,questions(tale, rng, most=int(rng.random()*6))
     if rng.random() < .35: asked.append(lore(rng))
@@ -182,7 +182,7 @@ def rows(
     asked = exam(tale, rng)
     n = sum(c == "closed_qa" for c,_,_ in asked)
     wish = fill(pick(rng, DATA["tasks"]["write"]), world.facts | {"label": DATA["plots"][world.plot]["label"]})
-    plain = [*trivia(world, rng), ("creative_writing", wish, tale.text)]
+    plain = [*trivia(world, rng), ("creative_writing", wish, tell(world, rng, tries=99).text)] # asked for a story: the plainest words
     parts = [(tale.text, asked[:closed]+asked[n:]), ("", plain)]
     return [dict(instruction=ask, context=context, response=say, category=c) for context,some in parts for c,ask,say in some]
 
@@ -190,9 +190,9 @@ def practice(
     world:World, # what is true
     rng:Random,  # chooses
 )->dict:         # instruction, context, response, category
-    "One row of a world; every third asks for a story, which is long and wants more practice than a short answer."
+    "One row of a world; every fourth asks for a story, which is long and wants more practice than a short answer."
     table = rows(world, rng)
-    return table[-1] if rng.random() < 1/3 else pick(rng, table)
+    return table[-1] if rng.random() < 1/4 else pick(rng, table)
 
 # %% ../nbs/03a_tales.ipynb #b085693f
 _MARKS = re.compile(r"\w+|[^\w\s]")
@@ -209,7 +209,7 @@ def chat(
         asked = _shuffled([q for _ in range(3) for q in trivia(world, rng) if is_exact(q[0])], rng)
         context,category = "","general_qa"
     else:
-        tale = tell(world, rng, brief=rng.random() < .7)
+        tale = tell(world, rng, tries=3 if rng.random() < .7 else 1)
         asked = _shuffled([q for q in exam(tale, rng) if q[0]=="closed_qa" or rng.random() < .5], rng)
         context,category = tale.text,"closed_qa"
     pairs = [(ask, say) for _,ask,say in asked[:turns]]
