@@ -203,9 +203,9 @@ class TrainConfig(FitConfig):
 
 def demo():
     "Two cores, no network: a million-parameter model learns little stories and some real prose in a minute or two."
-    return TrainConfig(out=Path("runs/base"), corpus="tales:0.8,pydocs:0.2", corpus_tokens=400_000, steps=160, batch_tokens=2048,
+    return TrainConfig(out=Path("runs/base"), corpus="tales:0.8,pydocs:0.2", corpus_tokens=400_000, steps=120, batch_tokens=2048,
                        micro_batch=8, optimizer="muon", lr=3e-3, muon_lr=.01, schedule="wsd", floor=0., weight_decay=1.,
-                       compile=False, kernel="fused", eval_every=80, save_every=80)
+                       compile=False, kernel="fused", eval_every=60, save_every=60)
 def real_small():
     "A laptop and real text: FineWeb-Edu, Wikipedia and novels with an own vocabulary of 8,192."
     return TrainConfig(out=Path("runs/real-base"), corpus="fineweb-edu,enwiki,austen", corpus_tokens=3_000_000, vocab_size=8192,

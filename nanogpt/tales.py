@@ -190,9 +190,9 @@ def practice(
     world:World, # what is true
     rng:Random,  # chooses
 )->dict:         # instruction, context, response, category
-    "One row of a world; every fourth asks for a story, which is long and wants more practice than a short answer."
+    "One row of a world; every fifth asks for a story, which is long and wants more practice than a short answer."
     table = rows(world, rng)
-    return table[-1] if rng.random() < 1/4 else pick(rng, table)
+    return table[-1] if rng.random() < 1/5 else pick(rng, table)
 
 # %% ../nbs/03a_tales.ipynb #b085693f
 _MARKS = re.compile(r"\w+|[^\w\s]")
@@ -210,7 +210,7 @@ def chat(
         context,category = "","general_qa"
     else:
         tale = tell(world, rng, tries=3 if rng.random() < .7 else 1)
-        asked = _shuffled([q for q in exam(tale, rng) if q[0]=="closed_qa" or rng.random() < .5], rng)
+        asked = _shuffled([q for q in exam(tale, rng) if q[0]=="closed_qa" or rng.random() < .4], rng)
         context,category = tale.text,"closed_qa"
     pairs = [(ask, say) for _,ask,say in asked[:turns]]
     if context: pairs[0] = (f"{context}\n\n{pairs[0][0]}", pairs[0][1])
