@@ -63,8 +63,8 @@ def test_a_full_line_of_models_answers(unbroken):
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_demo_learns_to_answer(tmp_path):
-    "The real thing, with the default recipe: no answers before, nine of ten after (150 questions tell it to 5 %), within 3 GB."
+def test_demo_reaches_its_promise(tmp_path):
+    "The real thing, with the default recipe: it cannot answer before, it answers nine of ten after, within 3 GB."
     import subprocess
 
     from mini import command, environment
@@ -73,8 +73,7 @@ def test_demo_learns_to_answer(tmp_path):
     assert done.returncode==0, done.stderr
     card = json.loads((tmp_path/"demo/card.json").read_text(encoding="utf-8"))
     before, after = card["before"], card["after"]
-    assert before["closed_qa"]["value"]<.05 and after["endings"]["value"]>=.80
-    assert after["closed_qa"]["value"]>=.85 and after["closed_qa"]["high"]>=.90
+    assert before["closed_qa"]["value"]<.05 and after["closed_qa"]["value"]>=.90 and after["endings"]["value"]>=.80
     assert before["endings"]["low"]<.25<before["endings"]["high"] # at chance: the base model has not learned to read
     assert after["closed_qa"]["n"]>=100 and after["endings"]["n"]>=100 and after["val_loss"]["value"]<before["val_loss"]["value"]
     assert card["peak_memory_bytes"]<3e9
