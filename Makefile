@@ -5,6 +5,7 @@ ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
+COURSE ?= my-course
 SETUP  := settings.ini constraints.txt setup.py pyproject.toml
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -28,10 +29,11 @@ test-long: $(VENV)/.dev ## run what takes longer than minutes: the whole demo, h
 	@echo "==> Running the long tests (about ten minutes on two cores) …"
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-lab: $(VENV)/.runtime ## open the lessons in JupyterLab
-	@if ls lessons/*.ipynb >/dev/null 2>&1; then dir=lessons; echo "==> Opening the lessons in JupyterLab (stop with Ctrl-C) …"; \
-	else dir=nbs; echo "==> The learner's edition is not built yet: opening the notebooks in nbs/ instead (stop with Ctrl-C) …"; fi; \
-	$(BIN)/jupyter lab --notebook-dir=$$dir $(ARGS)
+lab: $(VENV)/.runtime ## open your own copy of the lessons in JupyterLab, at the start page
+	@mkdir -p $(VENV)/share/jupyter/lab/settings && cp lessons/overrides.json $(VENV)/share/jupyter/lab/settings/overrides.json
+	@$(BIN)/nanogpt course start $(COURSE)
+	@echo "==> Opening $(COURSE) in JupyterLab (stop with Ctrl-C) …"
+	$(BIN)/jupyter lab --ServerApp.root_dir=$(COURSE) --LabApp.default_url=/lab/tree/00_start_here.ipynb $(ARGS)
 
 chat: $(VENV)/.runtime ## talk to the model of `make demo` in the terminal
 	@test -d $(DEMO)/tuned || { echo "There is no trained model in $(DEMO)/tuned yet. First run: make demo"; exit 1; }
@@ -44,10 +46,11 @@ bench: $(VENV)/.runtime ## measure training and generation speed on this machine
 	@echo "==> Measuring generation …"
 	$(BIN)/nanogpt bench generate $(ARGS)
 
-notebooks: $(VENV)/.dev ## write nanogpt/ from nbs/ and clean the notebooks (run it before you commit)
-	@echo "==> Exporting nbs/ to nanogpt/ and cleaning the notebooks …"
+notebooks: $(VENV)/.dev ## write nanogpt/ and lessons/ from nbs/ and clean the notebooks (run it before you commit)
+	@echo "==> Exporting nbs/ to nanogpt/, cleaning the notebooks, building lessons/ …"
 	$(BIN)/nbdev-export
 	$(BIN)/nbdev-clean
+	$(BIN)/nanogpt course build
 
 clean: ## delete what tools leave behind (runs/ and .venv stay)
 	@echo "==> Deleting build folders and caches; runs/ and $(VENV) stay (delete them by hand to start afresh) …"

@@ -18,7 +18,9 @@ setup(
     author=cfg["author"], keywords=cfg["keywords"].split(),
     long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     python_requires=">=" + cfg["min_python"],
-    packages=find_packages(include=[lib, lib + ".*"]), package_data={lib: kinds + ["**/" + k for k in kinds]},
+    # the built lessons stand beside the package in a checkout and travel inside it in a wheel
+    packages=[*find_packages(include=[lib, lib + ".*"]), lib + ".course_lessons"], package_dir={lib + ".course_lessons": "lessons"},
+    package_data={lib: kinds + ["**/" + k for k in kinds], lib + ".course_lessons": ["*.ipynb"]},
     install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
     zip_safe=False,

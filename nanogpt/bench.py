@@ -7,12 +7,16 @@ __all__ = ['SHAPES', 'best_seconds', 'peak_flops', 'BenchConfig', 'bench_train',
 
 # %% ../nbs/39_bench.ipynb #044f9b15
 import platform
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import torch
 
-from .attention import attend, fused
+from .attention import KERNELS
 from .cache import KVCache
 from .core import ConfigError, pick_device, seed
 from .model import GPT, PRESETS, GPTConfig, flops
@@ -22,18 +26,19 @@ from .trainer import pick_kernel
 
 # %% ../nbs/39_bench.ipynb #3a4c9183
 def best_seconds(
-    run,           # a function without arguments
-    rounds:int=5,  # how often to run it after one warm-up
+    runs:list,     # functions without arguments
+    rounds:int=5,  # how often to run each after one warm-up
     device:str="cpu", # wait for this device
-)->float:
-    "The shortest time of several rounds: what the machine can do when nobody disturbs it."
-    times = []
+)->list:           # seconds of each
+    "The shortest time of several rounds: what the machine can do when nobody disturbs it. Rivals take turns."
+    times = [[] for _ in runs]
     for _ in range(rounds+1):
-        start = time.perf_counter()
-        run()
-        if device=="cuda": torch.cuda.synchronize()
-        times.append(time.perf_counter()-start)
-    return min(times[1:])
+        for run,mine in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if device=="cuda": torch.cuda.synchronize()
+            mine.append(time.perf_counter()-start)
+    return [min(mine[1:]) for mine in times]
 
 def peak_flops(
     device,       # a core.Device
@@ -41,7 +46,7 @@ def peak_flops(
 )->float:         # floating-point operations a second
     "The speed of a large matrix product in this device's numbers."
     a,b = torch.randn(2, n, n, device=device.name, dtype=getattr(torch, device.dtype))
-    return 2*n**3/best_seconds(lambda: a@b, 8, device.name)
+    return 2*n**3/best_seconds([lambda: a@b], 8, device.name)[0]
 
 # %% ../nbs/39_bench.ipynb #e808e79d
 SHAPES = {"tiny": (PRESETS["tiny"], 8, 256), "gpt2": (PRESETS["gpt2"], 4, 512),
@@ -55,7 +60,8 @@ class BenchConfig:
     tokens:int = arg(64, "tokens to generate")
     rounds:int = arg(5, "rounds; the best counts")
     compile:bool = arg(False, "compile the model first")
-    kernel:str = arg("auto", "attention kernel; auto measures both", choices=("auto", "fused", "written"))
+    versus:Path|None = arg(None, "the model.py of a nanoGPT checkout, to train in turns with ours; its code is run")
+    kernel:str = arg("auto", "attention kernel; auto measures both", choices=("auto", *KERNELS))
     device:str = arg("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype:str = arg("auto", "numbers of the matrix products", choices=("auto", "float32", "bfloat16"))
     threads:int = arg(0, "processor threads; 0 leaves PyTorch's choice")
@@ -63,6 +69,9 @@ class BenchConfig:
     def __post_init__(self):
         low = [k for k in ("rounds", "tokens") if getattr(self, k)<1]
         if low: raise ConfigError(f"--{low[0]}={getattr(self, low[0])} is too small", f"try --{low[0]} 5")
+        if self.versus and not self.versus.is_file(): raise ConfigError(f"--versus={self.versus} is no file", "name nanoGPT's model.py")
+        if self.versus and SHAPES[self.shape][0]().position!="learned":
+            raise ConfigError(f"--shape={self.shape} has rotary positions, which nanoGPT lacks", "try --shape 12m")
 
 def _model(cfg):
     if cfg.threads: torch.set_num_threads(cfg.threads)
@@ -75,25 +84,43 @@ def _row(cfg, device, batch, seconds, tokens, **more):
     return dict(shape=cfg.shape, dtype=device.dtype, batch=batch, seconds=seconds, tokens_per_second=tokens/seconds,
                 threads=torch.get_num_threads(), device=device.name, machine=platform.machine(), torch=torch.__version__, **more)
 
-def bench_train(
-    cfg:BenchConfig, # what to measure
-)->dict:             # shape, dtype, batch, seconds, tokens_per_second, peak_share, kernel
-    "One training step against the machine's own matrix product."
-    model,B,T,device = _model(cfg)
-    kernel = cfg.kernel if cfg.kernel!="auto" else pick_kernel(model.cfg, B, T, device, cfg.compile)[0]
-    for b in model.transformer.h: b.attn.kernel = fused if kernel=="fused" else attend
-    opts = optimizers(model)
-    x = torch.randint(model.cfg.vocab_size, (B,T+1), device=device.name)
-    loss = torch.compile(model.loss) if cfg.compile else model.loss
+def _step(device, model, opts, loss):
     def step():
-        with device.autocast(): total,n = loss(x[:,:-1], x[:,1:])
-        (total/n).backward()
+        with device.autocast(): mean = loss()
+        mean.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for o in opts: o.step(); o.zero_grad()
+    return step
+
+def _rival(cfg, shape, device, x, y):
+    "A training step of nanoGPT's model, with its own optimiser."
+    module = module_from_spec(spec := spec_from_file_location("rival", cfg.versus))
+    sys.modules["rival"] = module # its dataclass looks itself up
+    with redirect_stdout(sys.stderr): # it prints, and stdout is for results
+        spec.loader.exec_module(module)
+        same = {k:getattr(shape, k) for k in ("vocab_size","block_size","n_layer","n_head","n_embd","dropout","bias")}
+        model = module.GPT(module.GPTConfig(**same)).to(device.name)
+        opt = model.configure_optimizers(.1, 6e-4, (.9,.95), device.name)
+    run = torch.compile(model) if cfg.compile else model
+    return _step(device, model, [opt], lambda: run(x, y)[1])
+
+# %% ../nbs/39_bench.ipynb #7750aeb9
+def bench_train(
+    cfg:BenchConfig, # what to measure
+)->dict:             # shape, dtype, batch, seconds, tokens_per_second, peak_share, kernel; with a rival its speed and the ratio
+    "One training step against the machine's own matrix product, and a rival if one is named."
+    model,B,T,device = _model(cfg)
+    kernel = cfg.kernel if cfg.kernel!="auto" else pick_kernel(model.cfg, B, T, device, cfg.compile)[0]
+    for b in model.transformer.h: b.attn.kernel = KERNELS[kernel]
+    x,y = torch.randint(model.cfg.vocab_size, (2,B,T), device=device.name)
+    loss = torch.compile(model.loss) if cfg.compile else model.loss
+    steps = [_step(device, model, optimizers(model), lambda: torch.div(*loss(x, y)))]
+    if cfg.versus: steps.append(_rival(cfg, model.cfg, device, x, y))
     peak = peak_flops(device)
-    seconds = best_seconds(step, cfg.rounds, device.name)
-    share = flops(model.cfg, T)*B*T/seconds/peak
-    return _row(cfg, device, B, seconds, B*T, peak_share=share, kernel=kernel, compile=cfg.compile, seq_len=T)
+    seconds,*rival = best_seconds(steps, cfg.rounds, device.name)
+    more = dict(peak_share=flops(model.cfg, T)*B*T/seconds/peak, kernel=kernel, compile=cfg.compile, seq_len=T)
+    if rival: more.update(versus=str(cfg.versus), versus_tokens_per_second=B*T/rival[0], ratio=rival[0]/seconds)
+    return _row(cfg, device, B, seconds, B*T, **more)
 
 # %% ../nbs/39_bench.ipynb #faa465b9
 def bench_generate(
@@ -122,6 +149,7 @@ def bench_text(
     row:dict, # of `bench_train` or `bench_generate`
 )->str:
     "One line for people."
+    tail = f"{row['bytes_per_second']/1e9:.1f} GB/s of weights" if "bytes_per_second" in row else ""
     if "peak_share" in row: tail = f"{row['peak_share']:.0%} of the peak, {row['kernel']} attention"
-    else: tail = f"{row['bytes_per_second']/1e9:.1f} GB/s of weights"
+    if "ratio" in row: tail += f"; {row['ratio']:.2f} times {row['versus']} ({row['versus_tokens_per_second']:,.0f})"
     return f"{row['shape']} {row['dtype']} batch {row['batch']}: {row['tokens_per_second']:,.0f} tokens/s, {tail}"

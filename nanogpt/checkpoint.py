@@ -58,16 +58,19 @@ def save_folder(
         raise DiskError(f"{path} could not be saved: {why}", "free some space; earlier checkpoints are untouched") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/10_checkpoint.ipynb #34498f92
+# %% ../nbs/10_checkpoint.ipynb #55b890a3
 def verify(
     path:Path, # a folder made by `save_folder`
 ):
     "Raise CheckpointError, naming the file, unless every byte is as it was saved."
     path = Path(path)
+    # step 1: no manifest, no checkpoint
     if not (path/"MANIFEST.json").exists(): raise CheckpointError(f"{path} holds no whole checkpoint", "choose an earlier one")
+    # step 2: for each listed file, its size (None when it is missing)
     for name,want in read_json(path/"MANIFEST.json").items():
         f = path/name
         size = f.stat().st_size if f.exists() else None
+    # step 3: another size, or the same size and another sha256: say which file and what is wrong with it
         if size!=want["size"] or _digest(f)!=want["sha256"]:
             how = f"has {size} bytes, not {want['size']}" if size!=want["size"] else "has changed since it was saved"
             if size is None: how = "is missing"

@@ -49,13 +49,17 @@ class GenerateConfig(SampleConfig):
     threads:int = arg(0, "processor threads; 0 leaves PyTorch's choice")
     json:bool = arg(False, "print one JSON object when done, instead of streaming")
 
+# %% ../nbs/40a_commands.ipynb #1df9458d
 def is_tuned(
     path:Path, # a run or a folder in one
 )->bool:
     "Whether the run's record says that it learned conversations."
+    # step 1: where a record may lie: here, or up to two folders above
     records = [p/"config.json" for p in (Path(path), *Path(path).absolute().parents[:2])]
+    # step 2: does one of those that exist say so?
     return any(read_json(p).get("kind")=="SFTConfig" for p in records if p.exists())
 
+# %% ../nbs/40a_commands.ipynb #994d0132
 def _load(cfg):
     if cfg.threads: torch.set_num_threads(cfg.threads)
     return ck.load_model(cfg.model, pick_device(cfg.device).name)

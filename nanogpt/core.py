@@ -58,12 +58,15 @@ def write_atomic(
 ):
     "Run `save(tmp)` beside `path`, sync, rename: a reader meets the old file or the new one, never a half."
     path = Path(path)
+    # step 1: a second file in the same folder, because a rename across disks is a copy
     tmp = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(tmp)
+        # step 2: first the bytes reach the disk, then the name moves
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
+        # step 3: the rename reaches the disk
         sync_folder(path.parent)
     except OSError as e:
         if isinstance(e, NanoError): raise
@@ -71,7 +74,7 @@ def write_atomic(
         raise DiskError(f"{path} could not be written: {e.strerror or e}", fix) from e
     finally: tmp.unlink(missing_ok=True) if tmp.parent.is_dir() else None
 
-# %% ../nbs/00_core.ipynb #cc89e321
+# %% ../nbs/00_core.ipynb #b3e2779e
 def write_json(
     path:Path, # where
     data,      # what JSON can hold
@@ -80,6 +83,7 @@ def write_json(
     text = json.dumps(data, indent=1, ensure_ascii=False)+"\n"
     write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
+# %% ../nbs/00_core.ipynb #25c69447
 def read_json(
     path:Path, # a JSON file
 ):             # what it holds
@@ -88,15 +92,17 @@ def read_json(
     except FileNotFoundError: raise DataError(f"there is no file {path}", "check the path") from None
     except (ValueError, OSError) as e: raise DataError(f"{path} is not readable JSON: {e}", "restore it, or make it again") from None
 
-# %% ../nbs/00_core.ipynb #854db19b
+# %% ../nbs/00_core.ipynb #1bd214a6
 def read_log(
     folder:Path,        # a run
     kind:str|None=None, # keep only this kind: step, eval, sample, save or note
 )->list:                # one dict per line, oldest first
     "What a run has logged; a line torn by a crash is left out."
     out = []
+    # step 1: a run that has logged nothing has no file
     path = Path(folder)/"log.jsonl"
     if not path.exists(): return out
+    # step 2: line by line; a torn one is left out, the ones below it are kept if their kind is wanted
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try: row = json.loads(line)
         except ValueError: continue # torn by a crash: its step is not in any checkpoint either

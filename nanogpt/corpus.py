@@ -69,19 +69,23 @@ def docstrings(
         try: yield cleandoc(ast.literal_eval(match[1]))
         except (SyntaxError, ValueError): continue
 
-# %% ../nbs/03b_corpus.ipynb #6a698952
+# %% ../nbs/03b_corpus.ipynb #6fe21118
 def pages(
     paragraphs:Iterable[str], # in their order
     size:int=2000,            # characters after which a page ends
     glue:str="\n\n",          # between two paragraphs
 )->Iterator[str]:             # every paragraph, once
     "Paragraphs gathered into pages of about `size` characters, in their order."
+    # step 1: take a paragraph onto the page, and count its characters
+    # step 2: a page that has reached the size is given out, and a new one begun
+    # step 3: what is left at the end is a page too
     page,n = [],0
     for para in paragraphs:
         page.append(para); n += len(para)
         if n >= size: yield glue.join(page); page,n = [],0
     if page: yield glue.join(page)
 
+# %% ../nbs/03b_corpus.ipynb #093873b8
 _NOT_PROSE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data", "_bundled", "encodings"}
 
 @cache
@@ -245,6 +249,7 @@ def rows(
     whole = ({c: r.get(c) or "" for c in _COLUMNS} for r in raw if r.get("instruction") and r.get("response"))
     return _split(whole, _text, split, name)
 
+# %% ../nbs/03b_corpus.ipynb #afc5488f
 def conversation(
     row:dict,      # instruction, context, response, category
     source:str="", # where it is from

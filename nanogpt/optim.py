@@ -13,17 +13,19 @@ import torch
 
 from .core import ConfigError
 
-# %% ../nbs/09_optim.ipynb #f22e5fce
+# %% ../nbs/09_optim.ipynb #3ce682ed
 def param_groups(
     params,             # (name, parameter) pairs
     weight_decay:float, # pull towards zero per unit of lr, for matrices and embeddings
 )->list:                # two groups for a torch optimiser
     "Matrices and embeddings decay; norms and biases do not. Shared parameters come once."
+    # step 1: only what is trained
     params = [p for _,p in params if p.requires_grad]
+    # step 2: two axes or more decay, the rest does not
     return [dict(params=[p for p in params if p.dim()>=2], weight_decay=weight_decay),
             dict(params=[p for p in params if p.dim()<2], weight_decay=0.)]
 
-# %% ../nbs/09_optim.ipynb #a73a4b31
+# %% ../nbs/09_optim.ipynb #1f45279b
 def orthogonalize(
     X:torch.Tensor, # (m,n) any matrix
     steps:int=5,    # how often the polynomial is applied

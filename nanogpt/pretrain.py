@@ -20,7 +20,7 @@ import torch
 import nanogpt
 
 from . import checkpoint as ck
-from .attention import attend, fused
+from .attention import KERNELS
 from .core import CheckpointError, ConfigError, Dist, NanoError, RunLog, peak_memory_bytes, read_json, say, seed, write_json
 from .corpus import documents, parse_mix
 from .data import Loader, prepare
@@ -85,7 +85,7 @@ def _ready(t, old):
     if kernel=="auto":
         kernel,seconds = pick_kernel(t.model.cfg, t.cfg.micro_batch, t.cfg.seq_len, t.device, compiled)
         notes.append("attention kernel "+kernel+": "+", ".join(f"{k} {v*1e3:.1f} ms a block" for k,v in seconds.items()))
-    for b in t.model.transformer.h: b.attn.kernel = fused if kernel=="fused" else attend
+    for b in t.model.transformer.h: b.attn.kernel = KERNELS[kernel]
     if compiled: t.loss = torch.compile(t._loss)
     return kernel, notes
 
@@ -218,20 +218,24 @@ def gpt2():
                        eval_every=250, save_every=1000)
 TrainConfig.presets = {"demo":demo, "real-small":real_small, "gpt2":gpt2}
 
-# %% ../nbs/11b_pretrain.ipynb #f8fc2a50
+# %% ../nbs/11b_pretrain.ipynb #3eb1f032
 def tokenizer_texts(
     corpus:str,    # a mix; weights do not count here
     max_bytes:int, # how much to read in all
     seed:int=0,    # chooses the tales
 )->Iterator:       # documents
     "Text to learn a vocabulary from: the same share of every corpus in the mix."
+    # step 1: take the mix apart; the weights are not used
     mix = parse_mix(corpus)
+    # step 2: read each corpus in turn, counting its bytes from zero
     for name,_ in mix:
         read = 0
         for text in documents(name, "train", seed):
+            # step 3: give the text out, and stop once it has gone beyond the share
             yield text
             if (read := read+len(text.encode()))>max_bytes//len(mix): break
 
+# %% ../nbs/11b_pretrain.ipynb #36a8e2cb
 def _tokenizer(cfg):
     if cfg.init: return get_tokenizer(ck.find_model(cfg.init))
     if cfg.tokenizer!="own": return get_tokenizer(cfg.tokenizer)

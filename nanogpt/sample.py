@@ -21,16 +21,19 @@ from .model import GPT
 from .settings import arg
 from .tokenizer import Streamer, Tokenizer
 
-# %% ../nbs/16_sample.ipynb #0dfe4e44
+# %% ../nbs/16_sample.ipynb #135f42a6
 def temperature(
     logits:Tensor, # (B,V) scores
     t:float,       # above 1 flatter, below 1 sharper, 0: only the best
 )->Tensor:         # (B,V)
     "Scores divided by `t`; in the limit 0 exactly one token, the first of the best, keeps a chance."
+    # step 1: one changes nothing, and a number above zero divides
     if t==1: return logits
     if t>0: return logits/t
+    # step 2: zero is the limit: 0 for the best of each row, -inf for the others
     return torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.)
 
+# %% ../nbs/16_sample.ipynb #acc82dcf
 def top_k(
     logits:Tensor, # (B,V) scores
     k:int,         # how many stay
@@ -40,7 +43,7 @@ def top_k(
     best,at = logits.topk(k)
     return torch.full_like(logits, -torch.inf).scatter(-1, at, best)
 
-# %% ../nbs/16_sample.ipynb #e17127ff
+# %% ../nbs/16_sample.ipynb #640cc8c8
 def top_p(
     logits:Tensor, # (B,V) scores
     p:float,       # the probability to be reached, above 0
@@ -48,15 +51,18 @@ def top_p(
     "The smallest set that reaches probability `p` keeps its scores, always at least one. Source: arXiv:1904.09751 §3.1."
     V = logits.size(-1)
     if p>=1: return logits
+    # step 1: what turns scores into probabilities
     everything = logits.logsumexp(-1, keepdim=True)
+    # step 2: sort, the best first; a token stays while the better ones together have not reached p
     for n in (min(256, V), V):
         best,at = logits.topk(n)                       # sorted, the best first
         probs = (best-everything).exp()
         before = probs.cumsum(-1)-probs                # what the better ones have together; 0 for the best
         if n==V or bool((before[...,-1]+probs[...,-1]>=p).all()): break
+    # step 3: back to where the tokens came from
     return torch.full_like(logits, -torch.inf).scatter(-1, at, best.masked_fill(before>=p, -torch.inf))
 
-# %% ../nbs/16_sample.ipynb #e2000aee
+# %% ../nbs/16_sample.ipynb #a07af803
 def repetition_penalty(
     logits:Tensor,  # (B,V) scores
     seen:Tensor,    # (B,V) True for tokens that the row already has
@@ -87,7 +93,7 @@ class SampleConfig:
         if self.max_tokens<1: raise bad("max_tokens", "at least 1", 128)
         if isinstance(self.stop, str) or not all(self.stop): raise bad("stop", "a tuple of texts that are not empty", "'###'")
 
-# %% ../nbs/16_sample.ipynb #9de2314c
+# %% ../nbs/16_sample.ipynb #76b152e5
 def warp(
     logits:Tensor,          # (B,V) scores
     cfg:SampleConfig,       # the knobs
@@ -105,7 +111,9 @@ def choose(
 )->Tensor:         # (B) ids
     "The token under the dart when the probabilities lie end to end: token i is as likely as its softmax."
     if logits.device.type=="mps": logits = logits.cpu()              # it has no 64-bit floats
+    # step 1: where on the line each token's piece ends
     line = logits.softmax(-1).cumsum(-1, dtype=torch.float64)        # in 64 bits the line rises nowhere but under a token
+    # step 2: the first piece that ends beyond the dart
     return torch.searchsorted(line, u.to(line.device)*line[...,-1:], right=True)[...,0]
 
 # %% ../nbs/16_sample.ipynb #78e88387

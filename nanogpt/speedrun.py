@@ -23,6 +23,7 @@ from .pretrain import TrainConfig, pretrain
 from .sample import SampleConfig, generate
 from .settings import arg
 from .sft import SFTConfig, tune
+from .stories import STORIES
 from .template import Template
 from .tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ class Recipe:
 
 def demo():
     "Two cores, no network, a few minutes: tales and Python's own prose, then questions about tales."
-    return Recipe(TrainConfig.presets["demo"](), SFTConfig.presets["demo"](), ("tales",), 150)
+    return Recipe(TrainConfig.presets["demo"](), SFTConfig.presets["demo"](), ("tales", STORIES), 150)
 def real_small():
     "Real text on a laptop: FineWeb-Edu, Wikipedia and novels, then all of Dolly; needs NANOGPT_DATA or the hub."
     return Recipe(TrainConfig.presets["real-small"](), SFTConfig.presets["real-small"](), ("dolly", "hellaswag"), 1000)
@@ -126,6 +127,8 @@ def _named(metrics):
         out[name] = {k:m[k] for k in ("value","n","low","high","version")}
     return out
 
+def _short(text, n): text = " ".join(text.split()); return text if len(text)<=n else text[:n-1]+"…"
+
 # %% ../nbs/40_speedrun.ipynb #7280942b
 def make_card(
     cfg:SpeedrunConfig, # what was run
@@ -151,20 +154,21 @@ def make_card(
     write_json(plan.base.out.parent/"card.json", card)
     return card
 
-# %% ../nbs/40_speedrun.ipynb #d133f884
-def _short(text, n): text = " ".join(text.split()); return text if len(text)<=n else text[:n-1]+"…"
-
+# %% ../nbs/40_speedrun.ipynb #4c4c6d5f
 def card_text(
     card:dict, # from `make_card`
 )->str:
     "The card for people: numbers before and after with their intervals, then words."
     rows = [f"{'':24}{'before':>10}{'after':>10}   {'95 % interval':16}{'n':>6}"]
+    # step 1: one line for each metric; the interval and n are those of the model after tuning
     for name,b in card["before"].items():
         a,show = card["after"][name],(lambda v: f"{v:.3f}") if name.endswith("loss") else (lambda v: f"{100*v:.1f} %")
         rows.append(f"{name:24}{show(b['value']):>10}{show(a['value']):>10}   {show(a['low'])+' – '+show(a['high']):16}{a['n']:>6}")
+    # step 2: the same prompts, asked of both
     for s in card["samples"]:
         rows += ["", f"[{s['category']}] {_short(s['prompt'], 160)}"]
         rows += [f"  before: {_short(s['before'], 150)}", f"  after:  {_short(s['after'], 300)}"]
+    # step 3: what it cost
     rows += ["", f"{card['seconds']/60:.1f} minutes in all, {card['tokens']:,} tokens at {card['tokens_per_second']:,.0f} tokens/s, "
                  f"peak memory {card['peak_memory_bytes']/1e9:.2f} GB"]
     return "\n".join(rows)

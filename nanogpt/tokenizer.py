@@ -48,11 +48,13 @@ def gpt2_ranks(
     merged = [spell(o.replace(" ", "")) for o in data.decode().split("\n")[1:-1]] # the first line is a version
     return {o:i for i,o in enumerate([bytes([b]) for b in shown+hidden]+merged)}
 
-# %% ../nbs/02_tokenizer.ipynb #40492e25
+# %% ../nbs/02_tokenizer.ipynb #323bbdbc
 def ranks_text(
     ranks:dict, # bytes → id
 )->bytes:       # one line per token, by id
     "A vocabulary in the form of tiktoken's files: equal vocabularies are equal bytes."
+    # step 1: the pairs in the order of their ids, whatever the order of the dictionary
+    # step 2: of each pair a line: base64, a space, the id, a line end
     return b"".join(b64encode(o)+b" %d\n"%i for o,i in sorted(ranks.items(), key=lambda p: p[1]))
 
 # %% ../nbs/02_tokenizer.ipynb #a6a942b0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .attention import Documents, NoPast, attend, fused
+from .attention import KERNELS, Documents, NoPast
 from .core import ConfigError, Device, Dist, pick_device, say
 from .data import Loader
 from .model import GPT, Block, GPTConfig, turns
@@ -55,7 +55,7 @@ class FitConfig:
     device:str = arg("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     dtype:str = arg("auto", "numbers of the matrix products", choices=("auto", "float32", "bfloat16"))
     compile:bool = arg(True, "compile the model: about a minute first, then faster steps")
-    kernel:str = arg("auto", "attention kernel; auto measures both once", choices=("auto", "fused", "written"))
+    kernel:str = arg("auto", "attention kernel; auto measures both once", choices=("auto", *KERNELS))
 
     def __post_init__(self):
         positive = "seq_len micro_batch batch_tokens clip lr muon_lr epochs eval_batches".split()
@@ -106,7 +106,7 @@ def pick_kernel(
     with torch.random.fork_rng():
         x = torch.randn(B, T, cfg.n_embd, device=device.name)
         turn = turns(NoPast().positions(B, T, device.name), cfg.n_embd//cfg.n_head) if cfg.position=="rotary" else None
-        for name,kernel in (("fused", fused), ("written", attend)):
+        for name,kernel in KERNELS.items():
             block = Block(replace(cfg, dropout=0.), 0).to(device.name)
             block.attn.kernel = kernel
             run = torch.compile(block) if compiled else block
@@ -118,7 +118,7 @@ def pick_kernel(
             seconds[name] = (time.perf_counter()-start)/3
     return min(seconds, key=seconds.get), seconds
 
-# %% ../nbs/11a_trainer.ipynb #e40679e7
+# %% ../nbs/11a_trainer.ipynb #c3e5b420
 def _clock(seconds): return f"{int(seconds)//60}:{int(seconds)%60:02d}"
 
 def progress_line(
@@ -126,8 +126,11 @@ def progress_line(
     steps:int,  # steps in all
 )->str:
     "One line for the person who waits: a bar, the loss, the speed and the time left."
+    # step 1: how long the steps that remain will take, if they go on as those before
     n,left = row["step"],(steps-row["step"])*row["seconds"]/max(1, row["step"])
+    # step 2: twenty places, filled up to the share of steps that are done
     bar = "█"*(20*n//steps)+"·"*(20-20*n//steps)
+    # step 3: loss with three digits, speed with a comma, and the clock
     return f"{bar} {n}/{steps}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  {_clock(left)} left"
 
 # %% ../nbs/11a_trainer.ipynb #cf2386cf

@@ -38,20 +38,25 @@ def pick(
     "One member of `words`; the same seed gives the same member on every Python."
     return words[int(rng.random()*len(words))]
 
+# %% ../nbs/02a_words.ipynb #b91d229e
 def fill(
     text:str,   # a sentence with {slots}
     facts:dict, # slot → Word
 )->str:         # a sentence of English
     "Put the facts into the sentence, with *an* before a vowel and a capital in front."
+    # step 1: the facts go into the holes, and then an *a* before a vowel gets its n
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text.format(**facts))
+    # step 2: a capital in front, the rest as it is
     return text[:1].upper()+text[1:]
 
-# %% ../nbs/02a_words.ipynb #8185d05b
+# %% ../nbs/02a_words.ipynb #d14f3ce8
 @cache
 def held(
     *words:str, # what is to be placed: a kind and one or two words
 )->bool:        # True for about one in ten
     "Whether this pair is kept for the test worlds; its words alone decide it."
+    # step 1: one text, in which the words keep their borders
+    # step 2: the first byte of its sum is below 26 in about one of ten cases
     return sha256("|".join(words).encode()).digest()[0] < 26
 
 # %% ../nbs/02a_words.ipynb #c8f7a140
@@ -72,6 +77,7 @@ def places(
     return [Word(f"the {noun}", at=f"{by} the {noun}", to=f"to the {noun}", noun=noun)
             for by,nouns in DATA["places"][slot].items() for noun in nouns.split()]
 
+# %% ../nbs/02a_words.ipynb #5cead97f
 def side(
     a:str,  # the hero
     b:str,  # the friend
@@ -79,5 +85,7 @@ def side(
     p:str,  # the noun of the first place
 )->str:     # "train", "test", or "" for a world that is neither
     "Which split a world belongs to: both of its pairs are held out, or none of them, or it is thrown away."
+    # step 1: is the pair of people held out, and the pair of thing and place?
     kept = {held("people", a, b), held("pair", th, p)}
+    # step 2: only worlds that are wholly on one side of the wall may be used
     return "" if len(kept)==2 else "test" if kept=={True} else "train"

@@ -382,6 +382,31 @@ def test_bench_json(what, more):
     assert {"shape", "dtype", "batch", "seconds", "tokens_per_second"} | more <= set(o)
     assert (o["shape"], o["dtype"], o["batch"])==("tiny", "float32", 1) and o["seconds"]>0 and o["tokens_per_second"]>0
 
+RIVAL = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig: vocab_size: int; block_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.head = torch.nn.Embedding(cfg.vocab_size, cfg.vocab_size)
+        print("a rival may print")
+    def configure_optimizers(self, weight_decay, lr, betas, device): return torch.optim.AdamW(self.parameters(), lr, betas)
+    def forward(self, x, y): return None, self.head(x).logsumexp(-1).mean()
+"""
+
+def test_bench_beside_a_rival(tmp_path):
+    "A model.py that looks like nanoGPT's is trained in turns with ours; what it prints stays away from the result."
+    write(tmp_path/"model.py", RIVAL)
+    words = ("--shape", "12m", "--rounds", 1, "--batch", 1, "--kernel", "fused", "--versus", tmp_path/"model.py", *FAST)
+    done = run("bench", "train", *words, "--json")
+    [o] = objects(done.stdout)
+    assert "a rival may print" in done.stderr and o["versus"]==str(tmp_path/"model.py")
+    assert abs(o["ratio"]-o["tokens_per_second"]/o["versus_tokens_per_second"])<1e-9 and o["ratio"]<1 # it has one layer, ours six
+
 def test_progress_and_results_are_apart(shards, tmp_path):
     "Progress goes to stderr, the result to stdout: a pipe gets the result alone, and it says what to type next."
     done = run(*PRETRAIN, "--data", shards, "--out", tmp_path/"run", "--steps", 2)

@@ -38,7 +38,7 @@ def sh(*args, cwd, env):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     "A wheel built from a copy that also holds one file of each kind of data, on two levels."
-    src = copy(tmp_path_factory.mktemp("build")/"src", "nanogpt")
+    src = copy(tmp_path_factory.mktemp("build")/"src", "nanogpt", "lessons")
     for name in ("probe.json", "probe.gz", "probe.LICENSE", "below/probe.json"):
         (src/"nanogpt"/name).parent.mkdir(exist_ok=True)
         (src/"nanogpt"/name).write_text("{}")
@@ -68,7 +68,8 @@ def test_wheel_holds_modules_and_data(wheel):
     kinds = {".py", ".json", ".gz", ".LICENSE"}
     here = {p.relative_to(ROOT).as_posix() for p in (ROOT/"nanogpt").rglob("*") if p.suffix in kinds or p.name == "py.typed"}
     probes = {"nanogpt/probe.json", "nanogpt/probe.gz", "nanogpt/probe.LICENSE", "nanogpt/below/probe.json"}
-    assert not (here | probes) - set(wheel)
+    lessons = {"nanogpt/course_lessons/"+p.name for p in (ROOT/"lessons").glob("*.ipynb")}
+    assert len(lessons)>20 and not (here | probes | lessons) - set(wheel)
     assert "nanogpt/py.typed" in wheel and any(n.endswith("/LICENSE") for n in wheel)
     assert all(n.startswith(("nanogpt/", "nanogpt-")) for n in wheel)
 
