@@ -410,6 +410,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nanogpt.tales': { 'nanogpt.tales.Tale': ('tales.html#tale', 'nanogpt/tales.py'),
                                'nanogpt.tales.World': ('tales.html#world', 'nanogpt/tales.py'),
                                'nanogpt.tales._asked': ('tales.html#_asked', 'nanogpt/tales.py'),
+                               'nanogpt.tales._bedtime': ('tales.html#_bedtime', 'nanogpt/tales.py'),
                                'nanogpt.tales._frame': ('tales.html#_frame', 'nanogpt/tales.py'),
                                'nanogpt.tales._shuffled': ('tales.html#_shuffled', 'nanogpt/tales.py'),
                                'nanogpt.tales._words': ('tales.html#_words', 'nanogpt/tales.py'),

@@ -142,11 +142,12 @@ LOG = "progress.jsonl"
 def note(
     name:str,  # of the exercise
     event:str, # check, hint or solution
+    folder:Path=Path("."), # of the learner
     **more,    # what JSON can hold
 ):
-    "Add a line to the progress of this folder."
+    "Add a line to the progress of a folder."
     line = json.dumps(dict(time=time.time(), exercise=name, event=event, **more))+"\n"
-    handle = os.open(LOG, os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o644)
+    handle = os.open(Path(folder)/LOG, os.O_WRONLY|os.O_CREAT|os.O_APPEND, 0o644)
     try: os.write(handle, line.encode()); os.fsync(handle) # one write: two lessons open at once do not mix their lines
     finally: os.close(handle)
 

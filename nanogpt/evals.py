@@ -206,7 +206,7 @@ TASKS = dict(tales=_tales, hellaswag=_hellaswag, dolly=_dolly)
 class EvalConfig:
     "Measure a model; every number comes with n and a 95 % interval."
     model:Path = arg(help="a run, a checkpoint or a model folder")
-    tasks:tuple[str,...] = arg(("tales",), "comma between: "+", ".join(TASKS))
+    tasks:tuple[str,...] = arg(("tales",), "comma between; an unknown one gets the list of all")
     limit:int = arg(200, "items of a task (of each category for tales)")
     seed:int = arg(0, "chooses the items where a task has more")
     device:str = arg("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))

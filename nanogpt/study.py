@@ -28,7 +28,7 @@ from unittest.mock import patch
 import torch
 
 from .core import ConfigError, pick_device, say, write_atomic
-from .course import EXERCISES, KINDS, progress, verdict
+from .course import EXERCISES, KINDS, note, progress, verdict
 from .lessons import build, catalog, lessons_folder, load
 from .settings import arg
 
@@ -114,7 +114,8 @@ def run_lesson(
     import matplotlib.pyplot as plt
     with contextlib.ExitStack() as quiet:
         scratch = quiet.enter_context(tempfile.TemporaryDirectory())
-        silent = (contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), patch("matplotlib.pyplot.show"))
+        both = [f(io.StringIO()) for f in (contextlib.redirect_stdout, contextlib.redirect_stderr)]
+        silent = (*both, warnings.catch_warnings(), patch("matplotlib.pyplot.show"))
         for o in silent: quiet.enter_context(o)
         plt.switch_backend("agg")
         warnings.simplefilter("ignore", DeprecationWarning) # libraries' own, which Jupyter does not show either
@@ -126,6 +127,7 @@ def run_lesson(
                 if _role(c)=="stub":
                     error,module.__dict__[name] = "",...
                     try: _execute(answers.get(name, c["source"]), where, module)
+                    except SyntaxError as e: error = f"Your cell is not Python ({e.msg}), in line {e.lineno}: {(e.text or '').strip()}"
                     except Exception as e: error = f"Your cell raised {type(e).__name__}: {e}"
                 elif _role(c)=="check":
                     said = error or verdict(EXERCISES[name], module.__dict__[name])
@@ -139,6 +141,7 @@ def check_file(
     path:Path, # a learner's notebook
 )->list:       # dicts: lesson, name, passed, said
     "Check every exercise of a notebook, in a fresh run of the package's own lesson."
+    if Path(path).is_dir(): raise ConfigError(f"{path} is a folder", f"name a notebook, such as {path}/05_attention.ipynb")
     nb = load(path)
     name = nb["metadata"].get("nanogpt", {}).get("lesson", Path(path).stem)
     own = lessons_folder()/f"{name}.ipynb"
@@ -236,28 +239,34 @@ def course_start(
     new,old = start(cfg.path)
     print(f"{len(new)} lessons written to {cfg.path}")
     if old: print(f"{len(old)} were there and are untouched; new versions of them: nanogpt course update {cfg.path}")
-    print(f"next: jupyter lab {cfg.path}/00_start_here.ipynb")
+    print(f"the course begins with {cfg.path}/00_start_here.ipynb")
 
 def course_update(
     cfg:CourseConfig, # whose folder
 ):
     "New lessons, with every cell kept that the learner changed."
-    for name,kept in update(cfg.path).items(): print(f"{name:20}{f'{kept} cells of yours kept' if kept else 'up to date'}")
+    done = update(cfg.path)
+    for name,kept in done.items():
+        if kept: print(f"{name:20}{kept} cells of yours kept")
+    print(f"{len(done)} lessons up to date")
 
 def course_progress(
     cfg:CourseConfig, # whose folder
 ):
     "Lessons, exercises passed, minutes."
-    rows = standing(cfg.path)
-    text = "{lesson:20}{solved:3} of {exercises:3}   {minutes_solved:3} of {minutes:3} minutes"
+    rows = [o for o in standing(cfg.path) if o["exercises"]]
+    text = "{lesson:20}{solved:3} of {exercises:3}   {minutes_solved:4} of {minutes:4} minutes"
     _show(rows, cfg.json, lambda o: text.format(**o))
-    if not cfg.json: print(f"{'together':20}{sum(o['solved'] for o in rows):3} of {sum(o['exercises'] for o in rows):3}")
+    total = {k:sum(o[k] for o in rows) for k in ("solved","exercises","minutes_solved","minutes")}
+    if not cfg.json: print(text.format(lesson="together", **total))
 
 def course_check(
     cfg:CourseConfig, # which notebook
 )->int:               # 0 when everything is right, else 3
-    "Every exercise of a notebook, checked in a fresh run."
+    "Every exercise of a notebook, checked in a fresh run; what passed counts as progress, except with --json."
     rows = check_file(cfg.path)
+    if not cfg.json: # a person's own folder; a teacher's program only looks
+        for o in rows: note(o["name"], "check", cfg.path.parent, passed=o["passed"])
     _show(rows, cfg.json, lambda o: f"{'✓' if o['passed'] else '✗'} {o['name']}"+("" if o["passed"] else f": {o['said']}"))
     return 0 if all(o["passed"] for o in rows) else 3
 

@@ -148,5 +148,10 @@ def test_check_from_the_terminal(tmp_path):
     role = lambda c: c["metadata"].get("nanogpt", {}).get("role")
     nb["cells"] = [c for c in nb["cells"] if role(c) not in ("spec", "check")] # nobody can cheat this way
     path.write_text(json.dumps(nb), encoding="utf-8")
+    run("course", "check", path, "--json")
+    assert not (tmp_path/"mine"/"progress.jsonl").exists() # a teacher only looks
     out = run("course", "check", path).stdout
     assert out.count("✓")==len(stubs(nb)) and "✗" not in out
+    n = len(stubs(nb))
+    assert f"05_attention          {n} of   {n}" in run("course", "progress", tmp_path/"mine").stdout
+    assert "is a folder" in run("course", "check", tmp_path/"mine", code=2).stderr
