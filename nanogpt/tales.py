@@ -123,6 +123,7 @@ def _bedtime(first, rng):
         if first.split == "test" or all(fits(w, o) and fits(o, w) for o in worlds): worlds.append(w)
     return " ".join(tell(w, rng, plain=True).text for w in worlds)
 
+# %% ../nbs/03a_tales.ipynb #06d4047d
 def story(
     world:World, # what is true
     rng:Random,  # chooses the wordings
