@@ -117,6 +117,7 @@ def run_lesson(
         both = [f(io.StringIO()) for f in (contextlib.redirect_stdout, contextlib.redirect_stderr)]
         silent = (*both, warnings.catch_warnings(), patch("matplotlib.pyplot.show"))
         for o in silent: quiet.enter_context(o)
+        quiet.enter_context(torch.set_grad_enabled(True)) # a lesson may switch gradients off: not for the next one
         plt.switch_backend("agg")
         warnings.simplefilter("ignore", DeprecationWarning) # libraries' own, which Jupyter does not show either
         os.chdir(scratch)
