@@ -45,10 +45,13 @@ GO = """i => { const c = jupyterapp.shell.currentWidget.content; c.activeCellInd
 COUNT = "i => jupyterapp.shell.currentWidget.content.widgets[i].model.executionCount"
 SAID = "i => JSON.stringify(jupyterapp.shell.currentWidget.content.widgets[i].model.outputs.toJSON())"
 
-def open_notebook(page, url):
-    page.goto(url)
-    page.wait_for_function("window.jupyterapp && jupyterapp.shell.currentWidget?.context?.isReady && "
-                           "jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.connectionStatus=='connected'", timeout=150_000)
+READY = """name => { const w = window.jupyterapp?.shell.currentWidget;
+  return w?.context?.isReady && w.context.path.endsWith(name) && w.content.widgets.length>5
+    && w.sessionContext?.session?.kernel?.connectionStatus=='connected' && w.sessionContext.session.kernel.status=='idle' }"""
+
+def open_notebook(page, url, name):
+    page.goto(url%name)
+    page.wait_for_function(READY, arg=name)
 
 def write_and_run(page, role, text=None):
     "Put the cursor into a cell as a click would, type if there is something to type, and press Shift+Enter; what the cell showed."
@@ -69,7 +72,7 @@ def test_a_learner_in_the_browser(tmp_path):
     wrong = right[:right.index("def attend")]+WRONG
     with lab(course) as url, browser(tmp_path/"profile") as page:
         page.set_default_timeout(150_000) # the machine may be busy with other tests
-        open_notebook(page, url%"05_attention.ipynb")
+        open_notebook(page, url, "05_attention.ipynb")
         assert page.locator("text=Would you like to").count()==0 # no news
         page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-above')")
         stub = page.evaluate(FIND, "stub")
@@ -86,7 +89,7 @@ def test_a_learner_in_the_browser(tmp_path):
         page.get_by_text("attend is right").first.wait_for()
         page.screenshot(path=tmp_path/"right.png")
         page.evaluate("() => jupyterapp.commands.execute('docmanager:save')")
-        open_notebook(page, url%"00_start_here.ipynb")
+        open_notebook(page, url, "00_start_here.ipynb")
         page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
         page.get_by_text(f"1 of {len(catalog(ROOT/'lessons'))} are solved so far").first.scroll_into_view_if_needed()
         page.screenshot(path=tmp_path/"map.png")
