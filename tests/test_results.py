@@ -4,7 +4,9 @@ import json
 import pytest
 from conftest import ROOT
 
-RECORDS = sorted((ROOT/"results").glob("*.json"))
+ALL = sorted((ROOT/"results").glob("*.json"))
+BENCHES = [p for p in ALL if p.stem.startswith("bench-")]
+RECORDS = [p for p in ALL if p not in BENCHES] # cards of a speedrun
 
 def load(path): return json.loads(path.read_text(encoding="utf-8"))
 
@@ -26,6 +28,14 @@ def test_record_is_complete(path):
     for side in ("before", "after"):
         for m in card[side].values(): assert m["n"] > 0 and m["low"] <= m["value"] <= m["high"]
 
+@pytest.mark.parametrize("path", BENCHES, ids=lambda p: p.stem)
+def test_readme_shows_the_speed(path):
+    "The line in the README is what the recorded command printed, and the rival was really beaten by what is promised."
+    from nanogpt.bench import bench_text
+    row = load(path)
+    assert bench_text(row) in (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
+    assert row["ratio"] >= 1.15 and row["compile"] and row["dtype"] == "bfloat16"
+
 def test_there_are_records():
-    "Both recipes have been run."
-    assert {"demo", "real-small"} <= {p.stem for p in RECORDS}
+    "Both recipes have been run, and one race."
+    assert {"demo", "real-small"} <= {p.stem for p in RECORDS} and BENCHES
