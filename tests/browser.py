@@ -1,23 +1,15 @@
-"A headless Chromium for tests; where there is none, it is installed if that is allowed, else the tests say why they skip."
+"A headless Chromium for tests."
 import contextlib
-import os
-import shutil
 import socket
-import subprocess
 
-import pytest
+from mini import program
 
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync").split()
 
 def chromium():
-    "The browser's path. Debian's own package is installed when the tests run as root; a desktop's Chrome will do as well."
-    names = ("chromium", "chromium-browser", "google-chrome")
-    find = lambda: next(filter(None, map(shutil.which, names)), None)
-    if not find() and shutil.which("apt-get") and os.geteuid()==0:
-        for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-            subprocess.run(["apt-get", "-q", *words], capture_output=True, timeout=600)
-    return find() or pytest.skip("there is no Chromium, and it cannot be installed without root: apt install chromium")
+    "The browser's path; a desktop's Chrome will do as well."
+    return program("chromium", "chromium", "chromium-browser", "google-chrome")
 
 @contextlib.contextmanager
 def browser(folder, width=1280, height=900):

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 KEYS = ("step", "loss_hex", "lr", "grad_norm", "tokens", "ids_sha")
@@ -93,3 +94,11 @@ def one_message(err, *says):
     assert len(found)==1 and err.count("nanogpt: ")-err.count("nanogpt: nanogpt")<=1 and found[0].count("\n  fix: ")==1, err
     for text in says: assert str(text) in found[0], (text, err)
     return found[0]
+
+def program(package, *names):
+    "The path of a program. Debian's own package is installed when the tests run as root; else the test skips and says why."
+    find = lambda: next(filter(None, map(shutil.which, names)), None)
+    if not find() and shutil.which("apt-get") and os.geteuid()==0:
+        for words in (["update"], ["install", "-y", "--no-install-recommends", package]):
+            subprocess.run(["apt-get", "-q", *words], capture_output=True, timeout=600)
+    return find() or pytest.skip(f"there is no {names[0]}, and it cannot be installed without root: apt install {package}")

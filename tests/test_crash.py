@@ -1,4 +1,4 @@
-"""The plug is pulled at every single write, fsync and rename of a save, and checkpoints are damaged in six ways: a whole one is always found.
+"""The plug is pulled at every write, fsync and rename of a save, and checkpoints are damaged: a whole one is found.
 
 The system calls are counted and the kill is put in from outside, by strace; where it cannot run, those tests say so and are skipped.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from mini import copy, environment, here
+from mini import copy, environment, here, program
 
 # Imports once, then forks a saver for each line it reads: strace takes hold of it while it is stopped. `careless` writes in place.
 SERVER = """
@@ -47,12 +47,12 @@ CALLS = "write,fsync,rename"
 @pytest.fixture(scope="module")
 def saver():
     "Saves a checkpoint under strace; returns the calls that were seen."
-    if not shutil.which("strace"): pytest.skip("strace is not installed (on Debian and Ubuntu: apt install strace)")
+    tool = program("strace", "strace")
     p = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment())
     def save(how, path, trace, inject=()):
         p.stdin.write(f"{how} {path}\n"); p.stdin.flush()
         pid = int(p.stdout.readline())
-        words = ["strace", "-p", str(pid), "-y", "-o", str(trace), "-e", f"trace={CALLS}", *inject]
+        words = [tool, "-p", str(pid), "-y", "-o", str(trace), "-e", f"trace={CALLS}", *inject]
         strace = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         first = strace.stderr.readline()
         if "attached" not in first:
@@ -75,7 +75,8 @@ def one(tmp_path_factory):
 
 def kills(saver, one, how, tmp_path):
     "Save a second checkpoint, killed at each call in turn; yields the call, its number and the run that was left."
-    counted = collections.Counter(line.partition("(")[0] for line in saver(how, copy(one, tmp_path/"whole")/"ckpt/step-00000002", tmp_path/"trace"))
+    seen = saver(how, copy(one, tmp_path/"whole")/"ckpt/step-00000002", tmp_path/"trace")
+    counted = collections.Counter(line.partition("(")[0] for line in seen)
     for call, n in sorted(counted.items()):
         for k in range(1, n+1):
             run = copy(one, tmp_path/f"{call}{k}")
@@ -101,7 +102,7 @@ def test_control_saved_in_place(saver, one, tmp_path):
     assert halves
 
 def test_every_file_is_on_the_disk_before_the_name_moves(saver, one, tmp_path):
-    "A power cut forgets what was not synced: each file is, then the manifest, then the rename, and the folder that holds the name after it."
+    "A power cut forgets what was not synced: first each file, then the manifest, then the rename, then the folder with the name."
     run = copy(one, tmp_path/"run")
     lines = saver("careful", run/"ckpt/step-00000002", tmp_path/"trace")
     calls = [(line.partition("(")[0], line) for line in lines]
