@@ -406,3 +406,13 @@ def readme_commands(root):
         if words[0] == "make" and not all(re.search(rf"^{re.escape(w)}:", makefile, re.M) for w in words[1:] if "=" not in w):
             bad.append(f"{name}: `{line}` names no target of the Makefile")
     return bad
+
+@gate
+def links_lead_somewhere(root):
+    "A link to a file in a notebook's prose, or in a text at the top, names a file that is there."
+    texts = [(path, t) for path in notebooks(root) for t in markdown(path)]
+    texts += [(path, path.read_text(encoding="utf-8")) for path in sorted(root.glob("*.md"))]
+    prose = lambda t: re.sub(r"```.*?```|`[^`]*`", "", t, flags=re.S)
+    links = [(path, to) for path, t in texts for to in re.findall(r"\]\(([^()\s#]+)[^()\s]*\)", prose(t))]
+    return [f"{path.relative_to(root)}: {to} is not there" for path, to in links
+            if "://" not in to and not to.startswith("mailto:") and not (path.parent/to).exists()]

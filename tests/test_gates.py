@@ -84,6 +84,7 @@ BAD = {
     "no_machine_paths": [dict(files={"docs/a.md": "see ROOT/nbs"}), dict(files={".ci/run": "cd /" + "work/main"})],
     "readme_commands": [dict(files=readme("nanogpt fly --high")),
                         dict(files={**readme("make tea"), "tests/readme_commands.txt": "make tea\n"})],
+    "links_lead_somewhere": [plus("Next is [02_halving](02_halving.ipynb)."), dict(files={"README.md": "See [there](docs/a.md#top)."})],
 }
 # Good code that a gate once hurt, or could.
 FAIR = {
@@ -98,6 +99,7 @@ FAIR = {
     "notebook_shape": [dict(sources=[GOOD[1], GOOD[0], *GOOD[2:]])],
     "pictures_described": [dict(sources=[*GOOD[:5], "*Picture:* two bars, one twice as high.", GOOD[5]], output=PNG)],
     "short_paragraphs": [plus("Use `a. B.` or “C. D.”, i.e. this. Two. Three 3.5, e.g. 4. Four.\n\n- One. Two.\n- Three. Four. Five.")],
+    "links_lead_somewhere": [plus("See [here](01_doubling.ipynb#top), [the web](https://x.org/a) and `a[i](j)`.")],
     "readme_commands": [dict(files={**readme("$ make tea  # hot"), "Makefile": "tea:\n", "tests/readme_commands.txt": "make tea\n"})],
 }
 
