@@ -261,7 +261,7 @@ def conversation(
 
 # %% ../nbs/03b_corpus.ipynb #0522791b
 def _tales_talk(world, rng):
-    if rng.random() < .85: return [tales.chat(world, rng)]                              # many turns, and so many answers
+    if rng.random() < .5: return [tales.chat(world, rng)]                              # many turns, and so many answers
     return [conversation(tales.practice(world, rng), "tales")]
 
 def conversations(

@@ -87,9 +87,9 @@ def tune(
 # %% ../nbs/14_sft.ipynb #d20ccbd2
 def demo():
     "Questions about tales, for the base model of the demo."
-    return SFTConfig(out=Path("runs/tuned"), init=Path("runs/base"), corpus="tales", rows=14_000, val_rows=200, steps=1500,
-                     batch_tokens=2048, micro_batch=8, optimizer="muon", lr=3e-3, muon_lr=.01, schedule="wsd", floor=0.,
-                     weight_decay=1., compile=False, kernel="fused", eval_every=260, save_every=260)
+    return SFTConfig(out=Path("runs/tuned"), init=Path("runs/base"), corpus="tales", rows=14_000, val_rows=200, steps=1100,
+                     batch_tokens=2048, micro_batch=8, optimizer="muon", lr=4e-3, muon_lr=.0025, schedule="wsd", floor=0.,
+                     weight_decay=1., compile=False, kernel="fused", eval_every=275, save_every=275)
 def real_small():
     "All of Dolly-15k once: nine tenths to learn, one tenth held out."
     return SFTConfig(out=Path("runs/real-tuned"), init=Path("runs/real-base"), corpus="dolly", rows=15_011, val_rows=400, epochs=1,

@@ -103,10 +103,10 @@ SLOW = "import os, time\ndef slow(f, old=os.fsync): time.sleep(.02); old(f)\nos.
 
 def parts(folder, pid=""): return list((folder/"ckpt").glob(f".*.{pid}.part" if pid else ".*.part"))
 
-def test_killed_at_any_moment(whole, shards, tmp_path):
-    "Killed six times, in the middle of steps, samples and saves, the run still ends as if nothing had happened."
-    dice, out, halves = random.Random(2), tmp_path/"run", 0
-    for kind, n in [("step", 3), ("saving", 5), ("step", 8), ("saving", 10), ("step", dice.randint(12, 18)), ("saving", 20)]:
+def kill_at(moments, shards, out, dice):
+    "Start the run again and again and kill it, each time at another moment; how many saves were met in their middle."
+    halves = 0
+    for kind, n in moments:
         p = start(*pretrain(shards, out), before=SLOW)
         assert wait(p, lambda p=p, kind=kind, n=n: steps_done(out)>=n and (kind=="step" or parts(out, p.pid)))
         time.sleep(dice.random()*(.02 if kind=="step" else .1))
@@ -115,7 +115,26 @@ def test_killed_at_any_moment(whole, shards, tmp_path):
         assert p.returncode==-signal.SIGKILL
         halves += len(parts(out, p.pid))
         for name in checkpoints(out): assert here("ckpt", "verify", out/"ckpt"/name)[0]==0, (kind, n, name)
-    assert halves>=1, "no save was met in its middle: this test tests less than it says"
+    return halves
+
+def test_killed_at_any_moment(whole, shards, tmp_path):
+    "Killed six times, in the middle of steps, samples and saves, the run still ends as if nothing had happened."
+    dice, out = random.Random(2), tmp_path/"run"
+    moments = [("step", 3), ("saving", 5), ("step", 8), ("saving", 10), ("step", dice.randint(12, 18)), ("saving", 20)]
+    assert kill_at(moments, shards, out, dice)>=1, "no save was met in its middle: this test tests less than it says"
+    run(*pretrain(shards, out))
+    same(out, whole)
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_killed_twenty_five_times(whole, shards, tmp_path):
+    "Whatever the dice say: killed at 25 random moments, some of them before anything new was saved, it ends the same."
+    dice, out = random.Random(7), tmp_path/"run"
+    def moments():
+        for _ in range(25):
+            saved = int(checkpoints(out)[-1][5:]) if checkpoints(out) else 0
+            yield dice.choice([("step", min(29, saved+dice.randint(1, 6))), ("saving", min(25, saved+5))])
+    assert kill_at(moments(), shards, out, dice)>=3
     run(*pretrain(shards, out))
     same(out, whole)
 
