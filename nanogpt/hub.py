@@ -38,7 +38,8 @@ def read_tensors(
     out = {}
     for path in _parts(folder):
         try: out |= load_file(path)
-        except (OSError, SafetensorError) as e: raise CheckpointError(f"{path} is missing or damaged: {e}", "fetch the model again") from None
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"{path} is missing or damaged: {e}", "fetch the model again") from None
     return out
 
 _HARMLESS = r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq" # tables that a model can make itself
@@ -50,24 +51,26 @@ def _fill(model, theirs, family, where):
     copies = {o for o in left if o=="lm_head.weight" and model.cfg.tied and torch.equal(theirs[o], ours["transformer.wte.weight"])}
     harmless = {o for o in left-copies if re.fullmatch(_HARMLESS, o)}
     if rest := sorted(left-copies-harmless):
-        raise CheckpointError(f"{where} holds {len(rest)} tensors that the model has no place for, such as {rest[0]}", f"is it really a {family}?")
+        raise CheckpointError(f"{where} holds {len(rest)} tensors without a place in a {family}, such as {rest[0]}", "fetch another model")
     if harmless: say(f"{len(harmless)} tensors left aside, tables that the model makes itself, such as {min(harmless)}")
     for name,p in model.named_parameters():
         if p.shape!=ours[name].shape:
-            raise CheckpointError(f"{where}: {name} is {tuple(ours[name].shape)} in the file and {tuple(p.shape)} by its config.json", "fetch the model again")
+            here,there = tuple(p.shape),tuple(ours[name].shape)
+            raise CheckpointError(f"{where}: {name} is {there} in the file and {here} by its config.json", "fetch the model again")
         with torch.no_grad(): p.copy_(ours[name])
     return model
 
+# %% ../nbs/08a_hub.ipynb #5b3cbae1
 def load_hub(
     folder:Path, # in the layout of the hub
 )->tuple:        # the family, and the GPT in float32
     "A folder of the hub as our model."
     family,cfg = read_config(read_json(Path(folder)/"config.json"))
     theirs = read_tensors(folder)
-    if family=="gpt2" and "wte.weight" in theirs: theirs = {f"transformer.{k}":v for k,v in theirs.items()} # as OpenAI's were published
+    if family=="gpt2" and "wte.weight" in theirs: # as OpenAI's were published
+        theirs = {k if k.startswith("lm_head") else f"transformer.{k}":v for k,v in theirs.items()}
     return family, _fill(GPT(cfg), theirs, family, folder)
 
-# %% ../nbs/08a_hub.ipynb #98025f06
 def save_hub(
     folder:Path,          # where; made if it is not there
     model:GPT,            # any that a family can express
@@ -96,11 +99,12 @@ def read_llama2c(
     tied,V = V>0,abs(V)                                                    # a negative vocabulary: the head is a matrix of its own
     try: cfg = GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C, n_kv_head=G, mlp_width=W, tied=tied, bias=False,
                          norm="rms", mlp="swiglu", position="rotary")
-    except (ConfigError, ZeroDivisionError): raise CheckpointError(f"{path} is no model of llama2.c", "give the .bin file of its first layout") from None
+    except (ConfigError, ZeroDivisionError):
+        raise CheckpointError(f"{path} is no model of llama2.c", "give the .bin file of its first layout") from None
     kv,row = G*cfg.head_width,"model.layers.{}."
     order = [("model.embed_tokens",V,C), (row+"input_layernorm",C), (row+"self_attn.q_proj",C,C), (row+"self_attn.k_proj",kv,C),
              (row+"self_attn.v_proj",kv,C), (row+"self_attn.o_proj",C,C), (row+"post_attention_layernorm",C), (row+"mlp.gate_proj",W,C),
-             (row+"mlp.down_proj",C,W), (row+"mlp.up_proj",W,C), ("model.norm",C), ("",T*cfg.head_width)]  # the last: tables of angles
+             (row+"mlp.down_proj",C,W), (row+"mlp.up_proj",W,C), ("model.norm",C), ("",T*cfg.head_width)] # last: tables of angles
     if not tied: order.append(("lm_head",V,C))
     numbers,at,theirs = torch.frombuffer(bytearray(data[28:len(data)//4*4]), dtype=torch.float32),0,{}
     for name,*shape in order:
@@ -108,7 +112,8 @@ def read_llama2c(
             n = torch.Size(shape).numel()
             theirs[name.format(layer)+".weight"] = numbers[at:at+n]
             at += n
-    if at*4+28!=len(data): raise CheckpointError(f"{path} has {len(data):,} bytes, not the {at*4+28:,} its header asks for", "fetch it again")
+    if at*4+28!=len(data):
+        raise CheckpointError(f"{path} has {len(data):,} bytes, not the {at*4+28:,} its header asks for", "fetch it again")
     theirs.pop(".weight")
     shapes = {name.format(i)+".weight":shape for name,*shape in order for i in range(L)}
     return _fill(GPT(cfg), {k:v.view(shapes[k]) for k,v in theirs.items()}, "llama2c", path)
@@ -121,7 +126,7 @@ def widen(
     "Give the model rows for more ids, each the mean of its rows; what it says of the old ids stays bit for bit."
     more = n_vocab-model.cfg.vocab_size
     if more<=0: return model
-    say(f"{more} rows added to the vocabulary of {model.cfg.vocab_size:,}, each the mean of the others: room for the marks of a chat")
+    say(f"{more} rows added to the vocabulary of {model.cfg.vocab_size:,}, each the mean of the others: room for a chat's marks")
     def grown(w): return nn.Parameter(torch.cat([w, w.mean(0, keepdim=True).expand(more, -1)]).detach())
     wte,head = model.transformer.wte,model.lm_head
     wte.weight,wte.num_embeddings,head.out_features = grown(wte.weight),n_vocab,n_vocab
@@ -137,7 +142,7 @@ def _bins(folder):
 def foreign(
     folder:Path, # any folder
 )->bool:
-    "Whether it holds a model in another form than our own: the hub's, or llama2.c's."
+    "Whether it holds a model in another form than our own: the hub's, or that of llama2.c."
     folder = Path(folder)
     if (folder/"config.json").exists():
         return read_json(folder/"config.json").get("model_type", "nanogpt")!="nanogpt" and any(folder.glob("model*.safetensors*"))
@@ -153,7 +158,8 @@ def foreign_tokenizer(
     config = read_json(folder/"config.json")
     if (folder/"tokenizer.json").exists():
         end = config.get("eos_token_id")
-        return from_hub(read_json(folder/"tokenizer.json"), config["vocab_size"], end[0] if isinstance(end, list) else end, folder/"tokenizer.json")
+        end = end[0] if isinstance(end, list) else end
+        return from_hub(read_json(folder/"tokenizer.json"), config["vocab_size"], end, folder/"tokenizer.json")
     if config["model_type"]=="gpt2" and 50257<=config["vocab_size"]<=50304: return gpt2_tokenizer()
     raise CheckpointError(f"{folder} holds no tokenizer.json", "fetch the model with its vocabulary")
 
@@ -177,6 +183,7 @@ def hub_name(
     if name in SHORT: return SHORT[name]
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists() else None
 
+# %% ../nbs/08a_hub.ipynb #ac31e61f
 def _from_hub(place):
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -186,7 +193,7 @@ def _from_hub(place):
         if foreign(here) and all(o.exists() for o in _parts(here)): return here                      # fetched whole at another time
     except LocalEntryNotFoundError: pass
     if not {"HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"} & set(os.environ):
-        socket.getaddrinfo("huggingface.co", 443)                              # fails at once without network; the client would try for long
+        socket.getaddrinfo("huggingface.co", 443)                              # fails at once without network; the client tries long
     files = [o for o in HfApi().model_info(place, files_metadata=True).siblings if re.fullmatch(r"[^/]+\.(safetensors|json)", o.rfilename)]
     say(f"fetching {place} from the Hugging Face hub: {len(files)} files, {sum(o.size or 0 for o in files)/1e6:,.0f} MB")
     return [Path(hf_hub_download(place, o.rfilename)) for o in files][0].parent
@@ -202,5 +209,5 @@ def fetch(
     except Exception as e:
         if type(e).__name__=="RepositoryNotFoundError":
             raise CheckpointError(f"there is no folder {name} here, and no model {place} on the hub", "check the name") from None
-        raise NetworkError(f"there is no folder {name} here, and the hub is out of reach ({type(e).__name__})",
-                           f"name a folder that holds a model, set NANOGPT_DATA to a folder with models/{name} in it, or train one: nanogpt speedrun") from e
+        fix = f"name a folder that holds a model, set NANOGPT_DATA to a folder with models/{name} in it, or train one: nanogpt speedrun"
+        raise NetworkError(f"there is no folder {name} here, and the hub is out of reach ({type(e).__name__})", fix) from e

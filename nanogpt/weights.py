@@ -54,19 +54,22 @@ _BLOCK = {"ln_1":["input_layernorm"], "ln_2":["post_attention_layernorm"], "attn
           "attn.c_proj":["self_attn.o_proj"], "mlp.c_fc":["mlp.gate_proj","mlp.up_proj"], "mlp.c_proj":["mlp.down_proj"]}
 _KEYS = dict(vocab_size="vocab_size", block_size="max_position_embeddings", n_layer="num_hidden_layers", n_head="num_attention_heads",
              n_embd="hidden_size", mlp_width="intermediate_size", n_kv_head="num_key_value_heads", norm_eps="rms_norm_eps")
-_LLAMA = dict(outside={"transformer.wte":"model.embed_tokens", "transformer.ln_f":"model.norm", "lm_head":"lm_head"}, prefix="model.layers.{}.",
-              block=_BLOCK, keys=_KEYS, fixed=dict(norm="rms", mlp="swiglu", position="rotary", qk_norm=False), wants=dict(hidden_act=["silu","swish"]))
+_FIXED = dict(norm="rms", mlp="swiglu", position="rotary", qk_norm=False)
+_LLAMA = dict(outside={"transformer.wte":"model.embed_tokens", "transformer.ln_f":"model.norm", "lm_head":"lm_head"}, block=_BLOCK,
+              keys=_KEYS, prefix="model.layers.{}.", fixed=_FIXED, wants=dict(hidden_act=["silu","swish"]))
+_BARE = _LLAMA | dict(fixed=_FIXED | dict(bias=False))
 _GPT2 = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd", mlp_width="n_inner",
              norm_eps="layer_norm_epsilon")
 _PLAIN = dict(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], add_cross_attention=[False])
 FAMILIES = {
-    "gpt2": Family(outside={o:o for o in ("transformer.wte","transformer.wpe","transformer.ln_f","lm_head")}, block={o:[o] for o in _BLOCK},
-                   prefix="transformer.h.{}.", keys=_GPT2, fixed=dict(norm="layer", mlp="gelu", position="learned", qk_norm=False, bias=True),
-                   wants=dict(activation_function=["gelu_new","gelu_pytorch_tanh"], **_PLAIN), sideways=True,
+    "gpt2": Family(outside={o:o for o in ("transformer.wte","transformer.wpe","transformer.ln_f","lm_head")}, prefix="transformer.h.{}.",
+                   block={o:[o] for o in _BLOCK}, keys=_GPT2, sideways=True,
+                   fixed=dict(norm="layer", mlp="gelu", position="learned", qk_norm=False, bias=True),
+                   wants=dict(activation_function=["gelu_new","gelu_pytorch_tanh"], **_PLAIN),
                    extra=dict(architectures=["GPT2LMHeadModel"])),
     "llama": Family(**_LLAMA, extra=dict(architectures=["LlamaForCausalLM"])),
-    "mistral": Family(**_LLAMA | dict(fixed=_LLAMA["fixed"] | dict(bias=False)), extra=dict(architectures=["MistralForCausalLM"], sliding_window=None)),
-    "glm": Family(**_LLAMA | dict(fixed=_LLAMA["fixed"] | dict(bias=False), block=_BLOCK | {"mlp.c_fc":["mlp.gate_up_proj"]}), paired=True, qkv=True,
+    "mistral": Family(**_BARE, extra=dict(architectures=["MistralForCausalLM"], sliding_window=None)),
+    "glm": Family(**_BARE | dict(block=_BLOCK | {"mlp.c_fc":["mlp.gate_up_proj"]}), paired=True, qkv=True,
                   extra=dict(architectures=["GlmForCausalLM"], pad_token_id=None)),
     "llama2c": Family(**_LLAMA, paired=True), # the file of a small program in C, read further below
 }
@@ -118,35 +121,39 @@ def export_weights(
         out |= {o:p.contiguous() for o,p in zip(those, parts, strict=True)}
     return out
 
-# %% ../nbs/08_weights.ipynb #ef32e7b5
-def _rope(data):
+# %% ../nbs/08_weights.ipynb #c5f5ffef
+def _rope(data, f):
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind!="default": raise ConfigError(f"rotary positions of kind {kind!r} are not built", "use a model without rope scaling")
     find = lambda k, otherwise: rope.get(k, data.get(k, otherwise))
-    return dict(rotary_base=float(find("rope_theta", 10_000.))), find("partial_rotary_factor", None)
+    share = float(find("partial_rotary_factor", .5 if f.paired else 1.))
+    if share!=1 and not f.paired: raise ConfigError(f"partial_rotary_factor={share} is built for glm alone", "use another model")
+    return dict(rotary_base=float(find("rope_theta", 10_000.)), rotary_share=share)
 
+def _biases(data, family):
+    bias,other = bool(data.get("attention_bias", FAMILIES[family].qkv)),bool(data.get("mlp_bias"))
+    if FAMILIES[family].qkv and not other: return dict(qkv_bias=bias)
+    if bias!=other or (bias and family!="llama"):
+        raise ConfigError(f"attention_bias={bias} with mlp_bias={other} is not built for {family}", "use another model")
+    return dict(bias=bias)
+
+# %% ../nbs/08_weights.ipynb #244030f7
 def read_config(
     data:dict, # what a config.json of the hub holds
 )->tuple:      # the family, and our settings
     "Their settings as ours; raises ConfigError naming the setting that this model cannot follow."
     family = data.get("model_type")
-    if family not in HUB:
-        raise ConfigError(f"a model of type {family!r} cannot be read", "there are gpt2, llama, mistral and glm")
+    if family not in HUB: raise ConfigError(f"a model of type {family!r} cannot be read", "there are gpt2, llama, mistral and glm")
     f = FAMILIES[family]
     for k,able in f.wants.items():
         if data.get(k, able[0]) not in able: raise ConfigError(f"{k}={data[k]!r} is not built", f"use a model with {k}={able[0]}")
     given = {k:data[name] for k,name in f.keys.items() if data.get(name) is not None} | f.fixed
+    if missing := [f.keys[k] for k in ("vocab_size","block_size","n_layer","n_head","n_embd") if k not in given]:
+        raise ConfigError(f"config.json does not say {missing[0]}", "fetch the model again")
     given["tied"] = data.get("tie_word_embeddings", family=="gpt2")
-    if family!="gpt2":
-        rope,share = _rope(data)
-        given |= rope | dict(rotary_share=float(share or .5) if f.paired else 1.)
-        bias,other = bool(data.get("attention_bias", f.qkv)),bool(data.get("mlp_bias"))
-        if f.qkv: given["qkv_bias"] = bias
-        elif bias!=other or (bias and family=="mistral"): raise ConfigError(f"attention_bias={bias} with mlp_bias={other} is not built", "use another model")
-        else: given["bias"] = bias
-        if (share or 1.)!=1. and not f.paired: raise ConfigError(f"partial_rotary_factor={share} is not built for {family}", "use another model")
-    if data.get("sliding_window") and (window := data["sliding_window"])<given["block_size"]:
+    if family!="gpt2": given |= _rope(data, f) | _biases(data, family)
+    if (window := data.get("sliding_window")) and window<given["block_size"]:
         say(f"context cut from {given['block_size']:,} to {window:,} tokens: beyond them {family} looks through a window that slides")
         given["block_size"] = window
     cfg = GPTConfig(**given)
@@ -154,7 +161,7 @@ def read_config(
         raise ConfigError(f"head_dim={width} is not hidden_size/heads={cfg.head_width}", "use a model whose heads fill its width")
     return family, cfg
 
-# %% ../nbs/08_weights.ipynb #ffbc1904
+# %% ../nbs/08_weights.ipynb #75171ff3
 def obstacles(
     cfg:GPTConfig, # the shape of a model
     family:str,    # a key of FAMILIES
@@ -174,7 +181,8 @@ def write_config(
     "Our settings as theirs; raises ConfigError naming the settings that no family, or not this one, can express."
     wrong = {k:obstacles(cfg, k) for k in ([family] if family else HUB)}
     family = min(wrong, key=lambda k: len(wrong[k]))
-    if wrong[family]: raise ConfigError(f"{family} has no way to say {', '.join(wrong[family])}", "such a model stays in our own format; train another shape to export it")
+    if wrong[family]:
+        raise ConfigError(f"{family} has no way to say {', '.join(wrong[family])}", "keep it in our own form, or train another --shape")
     f = FAMILIES[family]
     values = dict(mlp_width=cfg.inner, n_kv_head=cfg.kv_heads)
     out = {name:values.get(k, getattr(cfg, k)) for k,name in f.keys.items()} | {k:able[0] for k,able in f.wants.items()}
@@ -183,4 +191,5 @@ def write_config(
     share = dict(partial_rotary_factor=cfg.rotary_share) if f.paired else {}
     rope = dict(rope_type="default", rope_theta=cfg.rotary_base, **share)
     bias = cfg.bias if cfg.qkv_bias is None else cfg.qkv_bias
-    return out | dict(rope_parameters=rope, rope_theta=cfg.rotary_base, head_dim=cfg.head_width, attention_bias=bias, mlp_bias=cfg.bias, **share)
+    out |= dict(attention_bias=bias, mlp_bias=cfg.bias, head_dim=cfg.head_width)
+    return out | dict(rope_parameters=rope, rope_theta=cfg.rotary_base, **share)     # older readers look for the last two
