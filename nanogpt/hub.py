@@ -42,6 +42,7 @@ def read_tensors(
             raise CheckpointError(f"{path} is missing or damaged: {e}", "fetch the model again") from None
     return out
 
+# %% ../nbs/08a_hub.ipynb #fb6ad046
 _HARMLESS = r".*\.attn\.(masked_)?bias|.*rotary_emb\.inv_freq" # tables that a model can make itself
 
 def _fill(model, theirs, family, where):
@@ -60,7 +61,7 @@ def _fill(model, theirs, family, where):
         with torch.no_grad(): p.copy_(ours[name])
     return model
 
-# %% ../nbs/08a_hub.ipynb #5b3cbae1
+# %% ../nbs/08a_hub.ipynb #51f0ce2e
 def load_hub(
     folder:Path, # in the layout of the hub
 )->tuple:        # the family, and the GPT in float32
@@ -88,7 +89,7 @@ def save_hub(
 
 OURS = "nanogpt_tokenizer.json" # tokenizer.json is the hub's own form
 
-# %% ../nbs/08a_hub.ipynb #62c92ff8
+# %% ../nbs/08a_hub.ipynb #adf5acc6
 def read_llama2c(
     path:Path, # a model file of llama2.c, in its first layout
 )->GPT:
@@ -118,7 +119,7 @@ def read_llama2c(
     shapes = {name.format(i)+".weight":shape for name,*shape in order for i in range(L)}
     return _fill(GPT(cfg), {k:v.view(shapes[k]) for k,v in theirs.items()}, "llama2c", path)
 
-# %% ../nbs/08a_hub.ipynb #891d8d96
+# %% ../nbs/08a_hub.ipynb #ff22864c
 def widen(
     model:GPT,   # changed in place
     n_vocab:int, # ids it shall know
@@ -134,7 +135,7 @@ def widen(
     model.cfg = replace(model.cfg, vocab_size=n_vocab)
     return model
 
-# %% ../nbs/08a_hub.ipynb #3f607dce
+# %% ../nbs/08a_hub.ipynb #23e16f70
 def _bins(folder):
     found = {o.name.startswith("tok"):o for o in sorted(Path(folder).glob("*.bin"))}
     return (found[False],found[True]) if len(found)==2 else None
@@ -172,7 +173,7 @@ def load_foreign(
     say(f"{folder}: a {family} with {count(model.cfg):,} parameters")
     return widen(model, tok.n_vocab), tok
 
-# %% ../nbs/08a_hub.ipynb #baee091c
+# %% ../nbs/08a_hub.ipynb #36a608dc
 SHORT = {o:f"openai-community/{o}" for o in ("gpt2","gpt2-medium","gpt2-large","gpt2-xl")} # names that stand for a place on the hub
 
 def hub_name(
@@ -183,7 +184,7 @@ def hub_name(
     if name in SHORT: return SHORT[name]
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists() else None
 
-# %% ../nbs/08a_hub.ipynb #ac31e61f
+# %% ../nbs/08a_hub.ipynb #534ae51a
 def _from_hub(place):
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

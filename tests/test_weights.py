@@ -1,5 +1,7 @@
 "Other people's models: the same logits as transformers for every family, both ways; a real story model; the hub, pretended."
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from torch.testing import assert_close
 from nanogpt import hub
 from nanogpt.cache import KVCache
 from nanogpt.core import CheckpointError, ConfigError, DataError, NetworkError
-from nanogpt.model import PRESETS, count
+from nanogpt.model import GPT, PRESETS, count
 from nanogpt.tokenizer import Tokenizer, get_tokenizer
 from nanogpt.vocab import Scored, from_hub, merge_by_score, read_scored
 from nanogpt.weights import read_config, write_config
@@ -124,8 +126,8 @@ def test_configs_of_published_models():
         data = write_config(replace(PRESETS[name](), vocab_size=50257))
         assert transformers.GPT2Config.from_dict(data).n_head==data["n_head"] and count(read_config(data)[1])==n
     data = dict(model_type="glm", vocab_size=151552, hidden_size=4096, intermediate_size=13696, num_hidden_layers=40,
-                num_attention_heads=32, num_key_value_heads=2, head_dim=128, attention_bias=True, max_position_embeddings=131072, rms_norm_eps=1.5625e-7,
-                partial_rotary_factor=0.5, rope_theta=10000.0)
+                num_attention_heads=32, num_key_value_heads=2, head_dim=128, attention_bias=True, max_position_embeddings=131072,
+                rms_norm_eps=1.5625e-7, partial_rotary_factor=0.5, rope_theta=10000.0)
     assert count(read_config(data)[1])==9_399_951_360                # GLM-4 9B, as the hub counts it
 
 # ---- vocabularies ------------------------------------------------------------------------------------------------------
@@ -281,3 +283,32 @@ def test_export_refuses(whole, tmp_path):
 def test_a_name_that_is_nowhere(tmp_path):
     err = run("generate", "--model", "nobody/nothing", "--prompt", "x", code=2, cwd=tmp_path).stderr
     one_message(err, "there is no folder nobody/nothing")
+
+# ---- what was there before ---------------------------------------------------------------------------------------------------
+
+def test_a_folder_from_before_these_settings(whole, tmp_path):
+    "A config.json that knows nothing of norms, gates and shared heads is read as what it was."
+    from nanogpt.checkpoint import load_model, save_folder
+    new = ("norm", "norm_eps", "mlp", "mlp_width", "n_kv_head", "qkv_bias", "tied")
+    def older(tmp):
+        for f in (whole/"model").iterdir():
+            if f.name!="MANIFEST.json": (tmp/f.name).write_bytes(f.read_bytes())
+        data = json.loads((tmp/"config.json").read_text())
+        assert set(new)<=set(data)
+        (tmp/"config.json").write_text(json.dumps({k: v for k, v in data.items() if k not in new}))
+    save_folder(tmp_path/"old/model", older)
+    a, b = load_model(whole)[0], load_model(tmp_path/"old")[0]
+    idx = torch.randint(300, (2, 9))
+    assert a.cfg==b.cfg and torch.equal(a(idx), b(idx))
+
+@pytest.mark.filterwarnings("ignore:`torch.jit") # PyTorch's compiler warns of PyTorch's own code
+def test_a_llama_compiles_whole(idx):
+    "No break in the graph: what trains GPT-2 compiled trains a Llama compiled."
+    if not shutil.which(os.environ.get("CXX", "g++")): pytest.skip("no C++ compiler")
+    cfg = replace(LLAMA, vocab_size=V, block_size=32, n_layer=1, n_head=4, n_embd=32, n_kv_head=2, mlp_width=40, tied=False)
+    model = GPT(cfg)
+    fast = torch.compile(model.loss, fullgraph=True)
+    a, b = fast(idx[:, :-1], idx[:, 1:]), model.loss(idx[:, :-1], idx[:, 1:])
+    assert_close(a[0], b[0], rtol=1e-5, atol=1e-3)
+    a[0].backward()
+    assert all(p.grad is not None for p in model.parameters())
