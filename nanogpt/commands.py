@@ -45,7 +45,7 @@ def show(
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SampleConfig):
     "Continue a text, or answer a question if the model was tuned on conversations."
-    model:Path = arg(help="a run, a checkpoint or a model folder")
+    model:Path = arg(help="a run, a checkpoint, a model folder or a name on the hub (gpt2)")
     prompt:str = arg(help="the text to continue or the question to answer; - reads it from stdin")
     chat:str = arg("auto", "ask in chat form: auto does so for a tuned run", choices=("auto", "yes", "no"))
     device:str = arg("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))

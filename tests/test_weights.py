@@ -1,7 +1,5 @@
 "Other people's models: the same logits as transformers for every family, both ways; a real story model; the hub, pretended."
 import json
-import os
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -301,13 +299,11 @@ def test_a_folder_from_before_these_settings(whole, tmp_path):
     idx = torch.randint(300, (2, 9))
     assert a.cfg==b.cfg and torch.equal(a(idx), b(idx))
 
-@pytest.mark.filterwarnings("ignore:`torch.jit") # PyTorch's compiler warns of PyTorch's own code
 def test_a_llama_compiles_whole(idx):
     "No break in the graph: what trains GPT-2 compiled trains a Llama compiled."
-    if not shutil.which(os.environ.get("CXX", "g++")): pytest.skip("no C++ compiler")
     cfg = replace(LLAMA, vocab_size=V, block_size=32, n_layer=1, n_head=4, n_embd=32, n_kv_head=2, mlp_width=40, tied=False)
     model = GPT(cfg)
-    fast = torch.compile(model.loss, fullgraph=True)
+    fast = torch.compile(model.loss, fullgraph=True, backend="aot_eager") # the whole graph, without the minute a C++ compiler takes
     a, b = fast(idx[:, :-1], idx[:, 1:]), model.loss(idx[:, :-1], idx[:, 1:])
     assert_close(a[0], b[0], rtol=1e-5, atol=1e-3)
     a[0].backward()
