@@ -36,7 +36,7 @@ class KVCache:
         self.length = length or cfg.block_size
         if self.length>cfg.block_size:
             raise ShapeError(f"a cache of {self.length} tokens exceeds the context of {cfg.block_size}", f"ask for ≤ {cfg.block_size}")
-        shape = cfg.n_layer, rows, cfg.n_head, self.length, cfg.n_embd//cfg.n_head
+        shape = cfg.n_layer, rows, cfg.kv_heads, self.length, cfg.head_width # shared heads are kept once
         make = dict(device=like.device, dtype=like.dtype) if like is not None else {}
         self.k,self.v = torch.zeros(shape, **make),torch.zeros(shape, **make) # not empty: 0 × a leftover NaN is NaN
         self.n = torch.zeros(rows, dtype=torch.long, device=self.k.device) # (B) tokens seen by each row

@@ -27,6 +27,7 @@ VERBS = {
     "chat": ("commands.ChatConfig", "run_chat", "talk to a model (--terminal)"),
     "tokenizer": ("commands.TokenizerConfig", "run_tokenizer", "train a tokenizer, or show how one cuts a text"),
     "data": ("commands.DataConfig", "run_data", "turn a corpus into shards"),
+    "export": ("commands.ExportConfig", "run_export", "write a model in the form that other programs read"),
     "ckpt list": ("commands.CkptConfig", "ckpt_list", "the checkpoints of a run and whether each is whole"),
     "ckpt latest": ("commands.CkptConfig", "ckpt_latest", "the newest valid checkpoint"),
     "ckpt verify": ("commands.CkptConfig", "ckpt_verify", "is the newest checkpoint whole?"),

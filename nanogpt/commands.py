@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['show', 'GenerateConfig', 'is_tuned', 'run_generate', 'ChatConfig', 'run_chat', 'TokenizerConfig', 'run_tokenizer',
-           'DataConfig', 'run_data', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest', 'run_pretrain', 'run_sft',
-           'run_eval', 'run_speedrun', 'run_bench_train', 'run_bench_generate']
+           'DataConfig', 'run_data', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest', 'ExportConfig',
+           'run_export', 'run_pretrain', 'run_sft', 'run_eval', 'run_speedrun', 'run_bench_train', 'run_bench_generate']
 
 # %% ../nbs/40a_commands.ipynb #687f82b2
 import json
@@ -20,6 +20,8 @@ from .bench import bench_generate, bench_text, bench_train
 from .core import CheckpointError, ConfigError, pick_device, read_json, say
 from .data import prepare
 from .evals import EvalConfig, evaluate
+from .hub import save_hub
+from .model import count
 from .pretrain import TrainConfig, pretrain, tokenizer_texts
 from .sample import SampleConfig, stream
 from .settings import arg
@@ -28,6 +30,7 @@ from .speedrun import SpeedrunConfig, card_text, sampler, speedrun
 from .template import Template
 from .terminal import chat_terminal
 from .tokenizer import Tokenizer, get_tokenizer
+from .weights import HUB
 
 # %% ../nbs/40a_commands.ipynb #c74c91c1
 def show(
@@ -42,7 +45,7 @@ def show(
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SampleConfig):
     "Continue a text, or answer a question if the model was tuned on conversations."
-    model:Path = arg(help="a run, a checkpoint or a model folder")
+    model:Path = arg(help="a run, a checkpoint, a model folder or a name on the hub (gpt2)")
     prompt:str = arg(help="the text to continue or the question to answer; - reads it from stdin")
     chat:str = arg("auto", "ask in chat form: auto does so for a tuned run", choices=("auto", "yes", "no"))
     device:str = arg("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
@@ -184,6 +187,26 @@ def ckpt_latest(
     good = [s for s in map(_state, ck.checkpoints(cfg.dir)) if s["valid"]]
     if good: show(good[-1], good[-1]["path"], cfg.json)
     return 0 if good else 3
+
+# %% ../nbs/40a_commands.ipynb #fe4dd16e
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    "Write a model in the form that other programs read."
+    model:Path = arg(help="a run, a checkpoint, a model folder or a model of the hub")
+    out:Path = arg(help="the folder to write")
+    format:str = arg("hf", "hf: config.json and model.safetensors in the layout of the Hugging Face hub", choices=("hf",))
+    family:str = arg("auto", "whose names and settings to use; auto: the first that can express the model", choices=("auto", *HUB))
+    json:bool = arg(False, "one JSON object")
+
+def run_export(
+    cfg:ExportConfig, # which model, where to
+):
+    "Export and print what was written."
+    if cfg.out.exists() and any(cfg.out.iterdir()): raise ConfigError(f"--out={cfg.out} is not empty", "name a new folder")
+    model,tok = ck.load_model(cfg.model)
+    family = save_hub(cfg.out, model, tok, None if cfg.family=="auto" else cfg.family)
+    n = count(model.cfg)
+    show(dict(out=str(cfg.out), family=family, parameters=n), f"{cfg.out}: a {family} with {n:,} parameters", cfg.json)
 
 # %% ../nbs/40a_commands.ipynb #ee7b5681
 def _end(cfg, result, next_step):

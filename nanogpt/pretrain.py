@@ -181,7 +181,7 @@ class TrainConfig(FitConfig):
     tokenizer:str = arg("own", "own trains one; gpt2; or a tokenizer.json or run folder")
     vocab_size:int = arg(2048, "entries of an own vocabulary")
     tokenizer_bytes:int = arg(2_000_000, "text an own vocabulary is learnt from")
-    init:Path|None = arg(None, "start from this run or model folder instead of at random")
+    init:Path|None = arg(None, "start from this run, model folder or model of the hub (gpt2) instead of at random")
     shape:str = arg("tiny", "the model's shape", choices=tuple(PRESETS))
     n_layer:int|None = arg(None, "blocks, instead of the shape's")
     n_head:int|None = arg(None, "heads, instead of the shape's")
@@ -237,7 +237,7 @@ def tokenizer_texts(
 
 # %% ../nbs/11b_pretrain.ipynb #36a8e2cb
 def _tokenizer(cfg):
-    if cfg.init: return get_tokenizer(ck.find_model(cfg.init))
+    if cfg.init: return ck.model_tokenizer(cfg.init)
     if cfg.tokenizer!="own": return get_tokenizer(cfg.tokenizer)
     say(f"learning {cfg.vocab_size:,} tokens from {cfg.corpus}")
     return Tokenizer.train(tokenizer_texts(cfg.corpus, cfg.tokenizer_bytes, cfg.seed), cfg.vocab_size)
@@ -267,7 +267,7 @@ def pretrain(
     tok,train,held = open_data(cfg)
     shape = cfg.model(tok.n_vocab)
     model = ck.load_model(cfg.init)[0] if cfg.init else GPT(shape)
-    if cfg.init and get_tokenizer(ck.find_model(cfg.init)).fingerprint!=tok.fingerprint:
+    if cfg.init and ck.model_tokenizer(cfg.init).fingerprint!=tok.fingerprint:
         raise ConfigError(f"the data was not made with the vocabulary of --init={cfg.init}", f"make it with --tokenizer {cfg.init}")
     if cfg.seq_len>(room := model.cfg.block_size):
         raise ConfigError(f"--seq_len={cfg.seq_len} exceeds the context of {room} of --init", f"try --seq_len {room}")
