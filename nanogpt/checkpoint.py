@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_folder', 'verify', 'checkpoints', 'latest', 'prune', 'Saver', 'rng_state', 'set_rng_state', 'optimizer_tensors',
-           'load_optimizer', 'save_model', 'load_weights', 'find_model', 'load_model']
+           'load_optimizer', 'save_model', 'load_weights', 'find_model', 'load_model', 'model_tokenizer']
 
 # %% ../nbs/10_checkpoint.ipynb #2c8e3eab
 import hashlib
@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import CheckpointError, ConfigError, DiskError, NanoError, read_json, say, sync_folder, write_json
+from .hub import fetch, foreign, foreign_tokenizer, load_foreign
 from .model import GPT, GPTConfig
 from .settings import settings
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, get_tokenizer
 
 # %% ../nbs/10_checkpoint.ipynb #c28e417f
 def _digest(path):
@@ -204,26 +205,37 @@ def load_weights(
 
 # %% ../nbs/10_checkpoint.ipynb #abe03d77
 def find_model(
-    path:Path, # a run, a checkpoint or a model folder
-)->Path:       # the folder that holds config.json and model.safetensors
+    path:Path, # a run, a checkpoint, a model folder, or a name on the hub or in NANOGPT_DATA
+)->Path:       # the folder that holds config.json and model.safetensors, or a foreign model
     "Where the weights lie; raises CheckpointError with what to type when there are none."
     path = Path(path)
     if (path/"model/config.json").exists(): return path/"model"
     if (path/"config.json").exists() and (path/"model.safetensors").exists(): return path
-    if (found := latest(path)): return found
+    if foreign(path): return path
+    if (found := latest(path) or (None if path.exists() else fetch(path.as_posix()))): return found
     near = [o.parent for o in path.parent.glob("*/model")] if path.parent.is_dir() else []
     fix = f"try --model {near[0]}" if near else "train one first: nanogpt speedrun --out runs/demo"
     raise CheckpointError(f"there is no model in {path}", fix)
 
 def load_model(
-    path:Path,         # a run, a checkpoint or a model folder
+    path:Path,         # whatever `find_model` takes
     device:str="cpu",  # where to put it
 )->tuple:              # the GPT, ready to generate, and its Tokenizer
     "Load and verify; a run gives its final weights, or else its newest checkpoint."
     found = find_model(path)
+    if foreign(found):
+        model,tok = load_foreign(found)
+        return model.to(device).eval(), tok
     verify(found)
     known = {f.name for f in fields(GPTConfig)}
     cfg = GPTConfig(**{k:v for k,v in read_json(found/"config.json").items() if k in known})
     model = GPT(cfg)
     load_weights(model, found/"model.safetensors")
     return model.to(device).eval(), Tokenizer.load(found/"tokenizer.json")
+
+def model_tokenizer(
+    path:Path, # whatever `find_model` takes
+)->Tokenizer:
+    "The tokenizer of a model, without its weights."
+    found = find_model(path)
+    return foreign_tokenizer(found) if foreign(found) else get_tokenizer(found)
