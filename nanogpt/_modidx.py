@@ -66,6 +66,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanogpt.bulk.Shards.__len__': ('bulk.html#shards.__len__', 'nanogpt/bulk.py'),
                               'nanogpt.bulk.Shards.starts': ('bulk.html#shards.starts', 'nanogpt/bulk.py'),
                               'nanogpt.bulk.Shards.verify': ('bulk.html#shards.verify', 'nanogpt/bulk.py'),
+                              'nanogpt.bulk._begin': ('bulk.html#_begin', 'nanogpt/bulk.py'),
                               'nanogpt.bulk._entry': ('bulk.html#_entry', 'nanogpt/bulk.py'),
                               'nanogpt.bulk._hash_file': ('bulk.html#_hash_file', 'nanogpt/bulk.py'),
                               'nanogpt.bulk._held_out': ('bulk.html#_held_out', 'nanogpt/bulk.py'),

@@ -8,6 +8,7 @@ __all__ = ['STATE', 'alone', 'plan', 'resume', 'time_left', 'pace', 'write_shard
 
 # %% ../nbs/04c_bulk.ipynb #e44de11a
 import hashlib
+import os
 import time
 from bisect import bisect_right
 from contextlib import contextmanager
@@ -34,14 +35,17 @@ def alone(
 ):
     "No second process writes into a folder as long as the block runs; what a killed one left half-written is removed."
     out.mkdir(parents=True, exist_ok=True)
-    with open(out/".lock", "w") as f:
-        try:
+    handle = None if os.name=="nt" else os.open(out, os.O_RDONLY) # Windows cannot open a folder
+    try:
+        if handle is not None:
             import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except ImportError: pass # Windows has no such lock
-        except OSError: raise ConfigError(f"another process is writing into {out}", "wait for it, or choose another --out") from None
+            fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB) # the system lets go of it when the process ends, however it ends
         for part in out.glob(".*.part"): part.unlink()
         yield
+    except BlockingIOError: raise ConfigError(f"another process is writing into {out}", "wait for it, or choose another --out") from None
+    finally:
+        if handle is not None: os.close(handle)
+        if not any(out.iterdir()): out.rmdir() # nothing came of it
 
 # %% ../nbs/04c_bulk.ipynb #ec3d41d2
 def plan(
@@ -119,6 +123,15 @@ def _held_out(cfg, tok, pipes):
 
 def _entry(path, info): return dict(name=path.name, sha=info.sha, tokens=info.tokens, documents=info.documents)
 
+# %% ../nbs/04c_bulk.ipynb #53ce3897
+def _begin(cfg, tok, state):
+    try:
+        with crew(cores(cfg.workers), cfg.out, cfg) as pipes: state["val"] = _held_out(cfg, tok, pipes)
+        write_json(cfg.out/STATE, state)
+    except BaseException:
+        if not (cfg.out/STATE).exists(): (cfg.out/"tokenizer.json").unlink(missing_ok=True) # nothing came of it
+        raise
+
 def _hash_file(cfg, o): return cfg.out/f".{o['name']}.hashes"
 
 def _known(cfg, shards):
@@ -167,14 +180,13 @@ def bulk(
     tok:Tokenizer,  # encodes
 )->dict:            # counts of both parts
     "One corpus as val.bin and train-00000.bin …: the same bytes with any number of workers, and after any kill."
+    wanted = plan(cfg, tok) # what it refuses leaves no folder
     with alone(cfg.out):
-        state = resume(cfg.out, plan(cfg, tok))
+        state = resume(cfg.out, wanted)
         if state["done"]: say(f"{cfg.out} is whole already")
         else:
             tok.save(cfg.out/"tokenizer.json")
-            if not state["val"]:
-                with crew(cores(cfg.workers), cfg.out, cfg) as pipes: state["val"] = _held_out(cfg, tok, pipes)
-                write_json(cfg.out/STATE, state)
+            if not state["val"]: _begin(cfg, tok, state)
             if state["shards"]: say(f"going on after {len(state['shards'])} finished shards")
             with crew(cores(cfg.workers), cfg.out, cfg) as pipes: write_shards(cfg, tok, state, pipes)
     say(told(state["counts"]))
