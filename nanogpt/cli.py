@@ -33,6 +33,7 @@ VERBS = {
     "ckpt verify": ("commands.CkptConfig", "ckpt_verify", "is the newest checkpoint whole?"),
     "bench train": ("bench.BenchConfig", "run_bench_train", "speed of a training step"),
     "bench generate": ("bench.BenchConfig", "run_bench_generate", "speed of generation"),
+    "bench data": ("bench.DataBenchConfig", "run_bench_data", "speed of tokenising a corpus"),
     "course list": ("study.CourseConfig", "study.course_list", "every exercise of the course"),
     "course start": ("study.CourseConfig", "study.course_start", "a learner's own copy of the lessons, in a folder"),
     "course update": ("study.CourseConfig", "study.course_update", "new lessons, keeping every cell the learner changed"),
@@ -41,7 +42,7 @@ VERBS = {
     "course build": ("study.CourseConfig", "study.course_build", "build lessons/ from nbs/ (for authors)"),
 }
 
-PLACES = {"ckpt": "--dir", "course": "--path"} # the flag that a first word without one stands for
+PLACES = {"ckpt": "--dir", "course": "--path", "data": "--corpus"} # the flag that a first word without one stands for
 
 def usage()->str:
     "The text of `nanogpt --help`."

@@ -21,12 +21,12 @@ import nanogpt
 
 from . import checkpoint as ck
 from .attention import KERNELS
+from .bulk import has_shards, open_shards
 from .core import CheckpointError, ConfigError, Dist, NanoError, RunLog, peak_memory_bytes, read_json, say, seed, write_json
 from .corpus import documents, parse_mix
 from .data import Loader, prepare
 from .model import GPT, PRESETS, GPTConfig, count, flops
 from .settings import arg, settings
-from .shard import Shard
 from .tokenizer import Tokenizer, get_tokenizer
 from .trainer import FitConfig, Trainer, pick_kernel, progress_line, stoppable
 
@@ -177,7 +177,7 @@ class TrainConfig(FitConfig):
     "Pretraining: predict the next token of running text."
     corpus:str = arg("tales:0.7,pydocs:0.3", "what to read: NAME or NAME:weight, comma between; names, files, folders, hub sets")
     corpus_tokens:int = arg(1_000_000, "tokens to prepare, shared out by weight")
-    data:Path|None = arg(None, "a folder with train.bin, val.bin and tokenizer.json, instead of --corpus")
+    data:Path|None = arg(None, "a folder that nanogpt data has written, instead of --corpus")
     tokenizer:str = arg("own", "own trains one; gpt2; or a tokenizer.json or run folder")
     vocab_size:int = arg(2048, "entries of an own vocabulary")
     tokenizer_bytes:int = arg(2_000_000, "text an own vocabulary is learnt from")
@@ -248,12 +248,12 @@ def open_data(
     "Prepare the corpus unless the run's folder, or --data, already holds it."
     check_fresh(cfg)
     where = cfg.data or cfg.out/"data"
-    if not (where/"train.bin").exists() or (cfg.resume=="never" and not cfg.data):
-        if cfg.data: raise ConfigError(f"--data={cfg.data} holds no train.bin", "make it with: nanogpt data --corpus … --out DIR")
+    if not has_shards(where) or (cfg.resume=="never" and not cfg.data):
+        if cfg.data: raise ConfigError(f"--data={cfg.data} holds no data to train on", "make it with: nanogpt data --corpus … --out DIR")
         prepare(cfg.corpus, _tokenizer(cfg), where, tokens=cfg.corpus_tokens, seed=cfg.seed)
     else: say(f"using the data in {where}")
     tok = get_tokenizer(where)
-    return tok, Shard(where/"train.bin", tok), Shard(where/"val.bin", tok)
+    return tok, *open_shards(where, tok)
 
 # %% ../nbs/11b_pretrain.ipynb #5e5f288b
 def pretrain(
