@@ -232,7 +232,8 @@ def chat(
         tale = tell(world, rng, tries=3 if rng.random() < .7 else 1)
         asked = _shuffled([q for q in exam(tale, rng) if q[0]=="closed_qa" or rng.random() < .4], rng)
         context,category = tale.text,"closed_qa"
-    pairs = [(ask, say) for _,ask,say in asked[:turns]]
+    spoken = rng.random() < .2                                  # sometimes somebody in the story asks, and somebody answers
+    pairs = [_frame(ask, say, rng) if spoken else (ask, say) for _,ask,say in asked[:turns]]
     if context: pairs[0] = (f"{context}\n\n{pairs[0][0]}", pairs[0][1])
     while len(pairs) > 1 and sum(4+len(_MARKS.findall(ask+" "+say)) for ask,say in pairs) > room: pairs.pop()
     talk = DATA["small_talk"]
