@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['show', 'GenerateConfig', 'is_tuned', 'run_generate', 'ChatConfig', 'run_chat', 'TokenizerConfig', 'run_tokenizer',
            'DataConfig', 'run_data', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest', 'ExportConfig',
-           'run_export', 'run_pretrain', 'run_sft', 'run_eval', 'run_speedrun', 'run_bench_train', 'run_bench_generate']
+           'run_export', 'run_pretrain', 'run_sft', 'run_eval', 'run_speedrun', 'run_bench_train', 'run_bench_generate',
+           'run_bench_data']
 
 # %% ../nbs/40a_commands.ipynb #687f82b2
 import json
@@ -16,12 +17,15 @@ from pathlib import Path
 import torch
 
 from . import checkpoint as ck
-from .bench import bench_generate, bench_text, bench_train
+from .bench import bench_data, bench_generate, bench_text, bench_train
+from .bulk import STATE, bulk
 from .core import CheckpointError, ConfigError, pick_device, read_json, say
+from .corpus import parse_mix
 from .data import prepare
 from .evals import EvalConfig, evaluate
 from .hub import save_hub
 from .model import count
+from .pieces import BulkConfig
 from .pretrain import TrainConfig, pretrain, tokenizer_texts
 from .sample import SampleConfig, stream
 from .settings import arg
@@ -132,21 +136,29 @@ def run_tokenizer(
         text += f"; {len(ids)} tokens\n"+" ".join(f"{p!r}:{i}" for p,i in zip(result["pieces"], ids, strict=True))
     show(result, text, cfg.json)
 
+# %% ../nbs/40a_commands.ipynb #84f1b319
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    "Turn a corpus into train.bin, val.bin and tokenizer.json."
-    corpus:str = arg("tales:0.7,pydocs:0.3", "what to read: NAME or NAME:weight, comma between; names, files, folders, hub sets")
-    tokens:int|None = arg(None, "tokens in all, shared out by weight; none: everything, once")
+class DataConfig(BulkConfig):
+    "Turn a corpus into val.bin and train shards: one corpus on all cores, a weighted mix as one train.bin."
     tokenizer:str = arg("gpt2", "gpt2, a tokenizer.json or a run folder")
     seed:int = arg(0, "chooses the tales")
-    out:Path = arg(help="the folder to write")
     json:bool = arg(False, "one JSON object")
+    def one(self):
+        "Whether this is one corpus to be read once: that can be shared out among processes; a mix and what is made up here cannot."
+        mix = parse_mix(self.corpus)
+        return bool(self.datatrove) or (len(mix)==1 and mix[0][1] is None and mix[0][0] not in ("tales","pydocs"))
 
 def run_data(
     cfg:DataConfig, # what to read and where to write
 ):
     "Print what was written."
-    counts = prepare(cfg.corpus, get_tokenizer(cfg.tokenizer), cfg.out, tokens=cfg.tokens, seed=cfg.seed)
+    tok = get_tokenizer(cfg.tokenizer)
+    if cfg.one(): counts = bulk(cfg, tok)
+    else:
+        alone = [k for k in ("dedup", "language", "min_score", "val_tokens") if getattr(cfg, k)]
+        if alone: raise ConfigError(f"--{alone[0]} works on one corpus without a weight, not on {cfg.corpus}", "try --corpus fineweb-edu")
+        if (cfg.out/STATE).exists(): raise ConfigError(f"--out={cfg.out} holds shards of another command", "choose another --out")
+        counts = prepare(cfg.corpus, tok, cfg.out, tokens=cfg.tokens, seed=cfg.seed)
     show(counts, f"{cfg.out}: {counts['train']['tokens']:,} tokens to train on, {counts['val']['tokens']:,} held out", cfg.json)
 
 # %% ../nbs/40a_commands.ipynb #91fa96a6
@@ -235,6 +247,7 @@ def run_eval(
     for m in evaluate(cfg):
         show(m, f"{m['task']:10} {m['metric']:24} {m['value']:.4f}   ({m['low']:.4f} – {m['high']:.4f}, n={m['n']})", cfg.json)
 
+# %% ../nbs/40a_commands.ipynb #779eca94
 def run_speedrun(
     cfg:SpeedrunConfig, # where, which recipe, which seed
 ):
@@ -255,4 +268,11 @@ def run_bench_generate(
 ):
     "Tokens per second of generation."
     row = bench_generate(cfg)
+    show(row, bench_text(row), cfg.json)
+
+def run_bench_data(
+    cfg, # a DataBenchConfig
+):
+    "Tokens per second of the shards' making."
+    row = bench_data(cfg)
     show(row, bench_text(row), cfg.json)
