@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import CheckpointError, ConfigError, DiskError, NanoError, read_json, say, sync_folder, write_json
+from .core import CheckpointError, ConfigError, DiskError, Dist, NanoError, read_json, say, sync_folder, write_json
 from .model import GPT, GPTConfig
 from .settings import settings
 from .tokenizer import Tokenizer
@@ -137,23 +137,26 @@ def load_optimizer(
     model,        # the model, already with its weights
     opts:list,    # fresh optimisers over its parameters
     tensors:dict, # from `optimizer_tensors`
+    dist:Dist=None, # the processes among which the model is spread
 ):
     "Give the optimisers their memory back."
     params = dict(model.named_parameters())
     owner = {id(p):opt for opt in opts for g in opt.param_groups for p in g["params"]}
     for name,v in tensors.items():
         p,slot = params[name.rpartition(".")[0]],name.rpartition(".")[2]
-        owner[id(p)].state[p][slot] = v if slot=="step" else v.to(p.device)
+        owner[id(p)].state[p][slot] = v if slot=="step" else (dist or Dist()).part(v.to(p.device), p)
 
 # %% ../nbs/10_checkpoint.ipynb #0a96d240
 def save_model(
     path:Path,     # the folder to make
     model:GPT,     # what to save
     tok:Tokenizer, # the tokenizer it was trained with
+    tensors:dict=None, # its weights by name, where they had to be put together first
 ):
     "Save weights, shape and tokenizer as one verified folder."
+    tensors = tensors or {n:p.detach().contiguous() for n,p in model.named_parameters()}
     def write(tmp):
-        save_file({n:p.detach().contiguous() for n,p in model.named_parameters()}, tmp/"model.safetensors", metadata={"format":"pt"})
+        save_file(tensors, tmp/"model.safetensors", metadata={"format":"pt"})
         write_json(tmp/"config.json", dict(model_type="nanogpt", **settings(model.cfg)))
         tok.save(tmp/"tokenizer.json")
     save_folder(path, write)
@@ -161,6 +164,7 @@ def save_model(
 def load_weights(
     model:GPT, # receives the weights
     path:Path, # a .safetensors file
+    dist:Dist=None, # the processes among which the model is spread
 ):
     "Fill the model; raise CheckpointError, naming a tensor, when it is of another shape."
     tensors,params = load_file(path),dict(model.named_parameters())
@@ -170,7 +174,7 @@ def load_weights(
             there,here = (None if o is None else tuple(o.shape) for o in (a,b))
             raise CheckpointError(f"{path}: {n} is {there} in the file and {here} in the model", "use the settings it was trained with")
     with torch.no_grad():
-        for n,p in params.items(): p.copy_(tensors[n])
+        for n,p in params.items(): p.copy_((dist or Dist()).part(tensors[n].to(p.device), p))
 
 # %% ../nbs/10_checkpoint.ipynb #abe03d77
 def find_model(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['show', 'GenerateConfig', 'is_tuned', 'run_generate', 'ChatConfig', 'run_chat', 'TokenizerConfig', 'run_tokenizer',
            'DataConfig', 'run_data', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest', 'run_pretrain', 'run_sft',
-           'run_eval', 'run_speedrun', 'run_bench_train', 'run_bench_generate']
+           'run_launch', 'run_eval', 'run_speedrun', 'run_bench_train', 'run_bench_generate']
 
 # %% ../nbs/40a_commands.ipynb #687f82b2
 import json
@@ -19,6 +19,7 @@ from . import checkpoint as ck
 from .bench import bench_generate, bench_text, bench_train
 from .core import CheckpointError, ConfigError, pick_device, read_json, say
 from .data import prepare
+from .dist import LaunchConfig, launch, processes
 from .evals import EvalConfig, evaluate
 from .pretrain import TrainConfig, pretrain, tokenizer_texts
 from .sample import SampleConfig, stream
@@ -195,15 +196,23 @@ def run_pretrain(
     cfg:TrainConfig, # all settings
 ):
     "Pretrain and say what to type next."
-    _end(cfg, pretrain(cfg, sampler(["One day,"], False, SampleConfig(max_tokens=40, seed=cfg.seed))),
-         f"nanogpt generate --model {cfg.out} --prompt 'One day,'")
+    with processes(cfg) as dist:
+        result = pretrain(cfg, sampler(["One day,"], False, SampleConfig(max_tokens=40, seed=cfg.seed)), dist)
+        if dist.main: _end(cfg, result, f"nanogpt generate --model {cfg.out} --prompt 'One day,'")
 
 def run_sft(
     cfg:SFTConfig, # all settings
 ):
     "Tune and say what to type next."
-    _end(cfg, tune(cfg, sampler(["Write a story."], True, SampleConfig(max_tokens=40, seed=cfg.seed))),
-         f"nanogpt chat --terminal --model {cfg.out}")
+    with processes(cfg) as dist:
+        result = tune(cfg, sampler(["Write a story."], True, SampleConfig(max_tokens=40, seed=cfg.seed)), dist)
+        if dist.main: _end(cfg, result, f"nanogpt chat --terminal --model {cfg.out}")
+
+def run_launch(
+    cfg:LaunchConfig, # which command, in how many processes
+)->int:               # exit code
+    "Start the processes and keep them going."
+    return launch(cfg)
 
 def run_eval(
     cfg:EvalConfig, # what to measure

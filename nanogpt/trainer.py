@@ -38,6 +38,7 @@ class FitConfig:
     seq_len:int = arg(256, "tokens in a row")
     micro_batch:int = arg(8, "rows in one forward pass of one process")
     batch_tokens:int = arg(2048, "tokens in one optimiser step, over all processes")
+    parallel:str = arg("ddp", "several processes: ddp, the model in each; fsdp, a part of it in each", choices=("ddp", "fsdp"))
     optimizer:str = arg("adamw", "adamw, or muon for the matrices of the blocks", choices=("adamw", "muon"))
     lr:float = arg(1e-3, "peak learning rate of AdamW")
     muon_lr:float = arg(0.02, "peak learning rate of Muon")
@@ -66,6 +67,8 @@ class FitConfig:
         if wrong: raise ConfigError(f"--{wrong[0]}={getattr(self, wrong[0])} is out of range", f"give --{wrong[0]} a value above zero")
         if self.out.is_file(): raise ConfigError(f"--out={self.out} is a file", "choose the name of a folder")
         if self.keep<2: raise ConfigError(f"--keep={self.keep} would leave no second checkpoint", "try --keep 2")
+        if (self.parallel, self.optimizer)==("fsdp", "muon"): # a process that holds some rows of a matrix cannot orthogonalise it
+            raise ConfigError("--parallel=fsdp cuts the matrices that --optimizer=muon wants whole", "try --optimizer adamw")
     def accum(
         self,
         world:int=1, # processes
@@ -80,13 +83,15 @@ class FitConfig:
 
 # %% ../nbs/11a_trainer.ipynb #b9e34469
 @contextmanager
-def stoppable():
+def stoppable(
+    quiet:bool=False, # say nothing: another process does
+):
     "Yields a function that tells whether SIGTERM or SIGINT has come; a second signal leaves at once."
     asked = []
     def note(number, frame):
         if asked: os._exit(128+number)
         asked.append(number)
-        say("\nstopping after this step and saving; once more leaves at once")
+        if not quiet: say("\nstopping after this step and saving; once more leaves at once")
     here = threading.current_thread() is threading.main_thread() # only there can signals be taken
     old = {s:signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)} if here else {}
     try: yield lambda: bool(asked)
@@ -134,8 +139,12 @@ def progress_line(
     return f"{bar} {n}/{steps}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  {_clock(left)} left"
 
 # %% ../nbs/11a_trainer.ipynb #cf2386cf
-def _sha(batches):
-    return hashlib.sha256(b"".join(b.x.cpu().numpy().tobytes() for b in batches)).hexdigest()[:16]
+def _sha(batches, dist):
+    "One number for all rows of a step, in whatever order and process they were read: the sum of a hash of each."
+    rows = [hashlib.sha256(row.tobytes()).digest()[:8] for b in batches for row in b.x.cpu().numpy()]
+    total = sum(int.from_bytes(o, "little", signed=True) for o in rows)
+    total = (total+2**63)%2**64-2**63                       # what 64 bits hold of it, as the sum over processes does too
+    return f"{dist.sum(torch.tensor(total)).item()%2**64:016x}"
 
 class Trainer:
     "Everything of a run that moves, so that a checkpoint can hold all of it."
@@ -152,12 +161,13 @@ class Trainer:
         self.cfg,self.tok,self.val,self.sample,self.dist = cfg,tok,val,sample,dist or Dist()
         self.device = pick_device(cfg.device, cfg.dtype)
         self.model,self.loader = model.to(self.device.name),loader
+        self.run = self._loss # may be compiled later
+        self.loss = self.dist.wrap(self.model, lambda *batch: self.run(*batch)) # before the optimisers: it may cut the weights
         self.accum = cfg.accum(self.dist.world)
         self.steps = cfg.steps or max(1, math.ceil(cfg.epochs*loader.windows/(self.accum*cfg.micro_batch*self.dist.world)))
         self.opts = optimizers(self.model, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
         self.schedule = Schedule(self.steps, cfg.warmup_steps, cfg.floor, cfg.schedule)
         self.done,self.tokens,self.seconds,self.skipped = 0,0,0.,0
-        self.loss = self._loss
     def _loss(self, x, y, doc):
         with self.device.autocast(): return self.model.loss(x, y, None if doc is None else Documents(doc))
     def step(self)->dict: # the step's line of the log
@@ -166,12 +176,14 @@ class Trainer:
         batches = [self.loader.next().to(self.device.name) for _ in range(self.accum)]
         n = self.dist.sum(sum((b.y!=-100).sum() for b in batches)).clamp(min=1)
         total = 0.
-        for b in batches:
-            loss,_ = self.loss(b.x, b.y, b.doc)
-            (loss/n).backward()
+        for k,b in enumerate(batches, 1):
+            with self.dist.sync(self.loss, k==len(batches)):
+                loss,_ = self.loss(b.x, b.y, b.doc)
+                (loss*self.dist.world/n).backward() # processes average their gradients, but n counts the targets of all
             total += loss.detach()
         total = self.dist.sum(total/n).item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+        norm = getattr(norm, "full_tensor", lambda: norm)().item() # of a model that is spread over processes, each knows a part
         good = math.isfinite(norm) and math.isfinite(total)
         self.skipped = 0 if good else self.skipped+1
         for opt in self.opts:
@@ -183,15 +195,17 @@ class Trainer:
         seconds = time.perf_counter()-start
         self.seconds += seconds
         return dict(step=self.done, loss=total, loss_hex=total.hex(), grad_norm=norm, lr=self.cfg.lr*lr, tokens=self.tokens,
-                    ids_sha=_sha(batches), seconds=self.seconds, tokens_per_second=self.cfg.batch_tokens/seconds)
+                    ids_sha=_sha(batches, self.dist), skipped=self.skipped, seconds=self.seconds,
+                    tokens_per_second=self.cfg.batch_tokens/seconds)
     @torch.no_grad()
     def evaluate(self)->dict: # the evaluation's line of the log
         "Mean loss in nats per target over the first batches of held-out text, always the same ones."
         self.model.eval()
         total,n = torch.zeros(2, device=self.device.name, dtype=torch.float64)
-        for i,b in enumerate(self.val.once()):
-            if i==self.cfg.eval_batches: break
-            b = b.to(self.device.name)
+        val,world,rows = self.val,self.dist.world,self.val.once()
+        blank = val.read([0]); blank.y.fill_(-100) # for a process that has no rows left while others have
+        for _ in range(min(-(-self.cfg.eval_batches//world), -(-val.windows//(val.batch*world)))): # the same text for any world
+            b = next(rows, blank).to(self.device.name)
             loss,k = self._loss(b.x, b.y, b.doc)
             total += loss; n += k
         self.model.train()
