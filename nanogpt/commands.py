@@ -214,6 +214,7 @@ def run_launch(
     "Start the processes and keep them going."
     return launch(cfg)
 
+# %% ../nbs/40a_commands.ipynb #ee7b5682
 def run_eval(
     cfg:EvalConfig, # what to measure
 ):

@@ -39,6 +39,7 @@ def _share_out(model):
     for part in (*model.transformer.h, model): fully_shard(part, reshard_after_forward=True) # else a measurement leaves the rest whole
     register_fsdp_forward_method(model, "loss")
 
+# %% ../nbs/12_dist.ipynb #6fb3a18a
 @dataclass(frozen=True)
 class Group(Dist):
     "Several processes that train one model: `ddp` keeps a whole model in each, `fsdp` a part of it."
@@ -116,7 +117,7 @@ class Group(Dist):
         return distribute_tensor(whole, like.device_mesh, like.placements)
     def barrier(self): "Wait until every process is here."; torch_dist.barrier(self.slow)
 
-# %% ../nbs/12_dist.ipynb #ed8f0d19
+# %% ../nbs/12_dist.ipynb #2a4f2fc3
 def _lost(e): return isinstance(e, torch_dist.DistError) or any(o in str(e) for o in ("gloo", "Connection closed", "Connection reset"))
 
 def _place(cfg, world):
@@ -129,6 +130,7 @@ def _place(cfg, world):
     torch.cuda.set_device(local) # from here on, cuda means this one
     return "nccl"
 
+# %% ../nbs/12_dist.ipynb #48023239
 @contextmanager
 def processes(
     cfg:FitConfig, # says how the work is shared
@@ -150,7 +152,7 @@ def processes(
         raise SystemExit(1) from None
     finally: torch_dist.destroy_process_group() # else they abort at the end
 
-# %% ../nbs/12_dist.ipynb #507a8750
+# %% ../nbs/12_dist.ipynb #9c7198ff
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     "Run a command in several processes, and start it again when one of them is lost: launch --nproc 2 -- pretrain …"
@@ -172,6 +174,7 @@ class LaunchConfig:
         if not n: raise ConfigError("there is no GPU to count the processes by", "add --nproc 2")
         return n
 
+# %% ../nbs/12_dist.ipynb #77ca0c7e
 def _attempt(cfg, command, pause):
     "After a pause, run the processes once: 0 done, 2 refused, 1 something broke, -1 stopped from outside, -2 not met; and what broke."
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -193,6 +196,7 @@ def _attempt(cfg, command, pause):
         except RendezvousError as e: return -2, f"{cfg.endpoint}: {e or type(e).__name__}" # just closed, or not open yet
     return 0, ""
 
+# %% ../nbs/12_dist.ipynb #d7c5b07c
 def launch(
     cfg:LaunchConfig, # what to run, and in how many processes
     before:tuple=("-m", "nanogpt"), # what Python is to run

@@ -10,7 +10,6 @@ __all__ = ['save_run', 'resume_run', 'check_fresh', 'fit', 'TrainConfig', 'demo'
 import errno
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from .model import GPT, PRESETS, GPTConfig, count, flops
 from .settings import arg, settings
 from .shard import Shard
 from .tokenizer import Tokenizer, get_tokenizer
-from .trainer import FitConfig, Trainer, pick_kernel, progress_line, stoppable
+from .trainer import FitConfig, Trainer, pick_kernel, show_progress, stoppable
 
 # %% ../nbs/11b_pretrain.ipynb #b0864541
 def save_run(
@@ -37,8 +36,7 @@ def save_run(
     "Write a checkpoint of everything that moves, in every process, then prune old ones; it does not depend on how many there were."
     state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, loader=t.loader.state_dict(),
                  rng=t.dist.gather(ck.rng_state()))
-    weights = t.dist.whole({n:p.detach().contiguous() for n,p in t.model.named_parameters()})
-    memory = t.dist.whole(ck.optimizer_tensors(t.model, t.opts))
+    weights,memory = t.dist.whole(ck.model_tensors(t.model)),t.dist.whole(ck.optimizer_tensors(t.model, t.opts))
     def write(tmp):
         ck.save_file(weights, tmp/"model.safetensors")
         ck.save_file(memory, tmp/"optimizer.safetensors")
@@ -85,9 +83,7 @@ def _ready(t, old):
     "Choose the attention kernel (a resumed run keeps its own) and compile; returns the kernel and notes for the log."
     compiled = t.cfg.compile and t.device.compiles
     kernel,notes = old.get("kernel", t.cfg.kernel),list(t.device.notes)
-    if t.cfg.parallel=="fsdp":
-        notes.append("--parallel fsdp: without torch.compile, and no samples are written")
-        compiled,t.sample = False,None
+    if t.cfg.parallel=="fsdp": compiled,t.sample = False,None; notes.append("--parallel fsdp: no torch.compile, and no samples are written")
     if kernel=="auto" and t.dist.main:
         kernel,seconds = pick_kernel(t.model.cfg, t.cfg.micro_batch, t.cfg.seq_len, t.device, compiled)
         notes.append("attention kernel "+kernel+": "+", ".join(f"{k} {v*1e3:.1f} ms a block" for k,v in seconds.items()))
@@ -99,8 +95,7 @@ def _ready(t, old):
 def _changed(old, new):
     "The names of everything that differs from the run that was stopped and could change its numbers."
     free = {"out", "resume", "eval_every", "eval_batches", "save_every", "keep"}
-    was = new["settings"]|old["settings"] # a setting that did not exist then had its default
-    names = [k for k in new["settings"] if k not in free and was[k]!=new["settings"][k]]
+    names = [k for k,v in new["settings"].items() if k not in free and old["settings"].get(k, v)!=v] # a younger setting is no news
     return names + [k for k in ("threads", "world", "versions", "device", "dtype", "data") if old.get(k)!=new[k]]
 
 # %% ../nbs/11b_pretrain.ipynb #1cb16bc4
@@ -133,11 +128,6 @@ def _look(t, log):
     for o in (t.sample(t.model, t.tok) if log and t.sample else ()): log.write("sample", step=t.done, **o)
     t.model.train()
 
-def _tell(t, row):
-    "The step's progress, for the person who waits: a line that moves on a terminal, ten lines in a file."
-    if sys.stderr.isatty(): print("\r"+progress_line(row, t.steps), end="", file=sys.stderr, flush=True)
-    elif t.done%max(1, t.steps//10)==0 or t.done==1: say(progress_line(row, t.steps))
-
 def _loop(t, log, asked):
     cfg,due = t.cfg,lambda every: every and t.done%every==0
     ended = False
@@ -145,13 +135,21 @@ def _loop(t, log, asked):
         row = t.step()
         if log: log.write("step", **row)
         if t.skipped==3: return "diverged"
-        if log: _tell(t, row)
+        if log: show_progress(row, t.steps)
         if due(cfg.eval_every) or t.done==t.steps: _look(t, log)
         ended = t.dist.sum(torch.tensor(int(asked()))).item()>0 # whichever process is asked, all leave after the same step
         if not (due(cfg.save_every) or ended or t.done==t.steps): continue
         save_run(t)
         if log: log.write("save", step=t.done)
     return "done" if t.done==t.steps else "preempted"
+
+# %% ../nbs/11b_pretrain.ipynb #388644ec
+def _last_words(t, error):
+    out,who = t.cfg.out,f"process {t.dist.rank}: " if t.dist.world>1 else ""
+    if who and (out/"exit.json").exists(): return # the first process to fail has said why; the others only miss it
+    full = any(getattr(e, "errno", None)==errno.ENOSPC or "No space left" in str(e) for e in (error, error.__cause__))
+    try: write_json(out/"exit.json", dict(reason="disk_full" if full else "error", step=t.done, error=f"{who}{error}"))
+    except OSError: say(f"{out}/exit.json could not be written either") # the disk is full: the error itself follows
 
 # %% ../nbs/11b_pretrain.ipynb #388644eb
 def fit(
@@ -172,7 +170,7 @@ def fit(
         with stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
         end = dict(reason=reason, step=t.done, error=None)
         if reason=="done":
-            weights = t.dist.whole({n:p.detach().contiguous() for n,p in model.eval().named_parameters()})
+            weights = t.dist.whole(ck.model_tensors(model.eval()))
             t.dist.first(lambda: ck.save_model(cfg.out/"model", model, tok, weights))
         if log: log.write("note", text=reason, step=t.done, seconds=t.seconds, tokens=t.tokens, peak_memory_bytes=peak_memory_bytes())
     except Exception as e:
@@ -183,13 +181,6 @@ def fit(
         raise NanoError(f"the loss or its gradient was not finite three times, last at step {t.done}", "try a lower --lr")
     speed = t.tokens/max(t.seconds, 1e-9)
     return dict(end, seconds=t.seconds, tokens=t.tokens, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())
-
-def _last_words(t, error):
-    out,who = t.cfg.out,f"process {t.dist.rank}: " if t.dist.world>1 else ""
-    if who and (out/"exit.json").exists(): return # the first process to fail has said why; the others only miss it
-    full = any(getattr(e, "errno", None)==errno.ENOSPC or "No space left" in str(e) for e in (error, error.__cause__))
-    try: write_json(out/"exit.json", dict(reason="disk_full" if full else "error", step=t.done, error=f"{who}{error}"))
-    except OSError: say(f"{out}/exit.json could not be written either") # the disk is full: the error itself follows
 
 # %% ../nbs/11b_pretrain.ipynb #71d8f5f8
 @dataclass(frozen=True, kw_only=True)
