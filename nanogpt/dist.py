@@ -207,7 +207,8 @@ def launch(
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)//cfg.here())))
     pause,restarts,knocks = 0.,0,0
     while True:
-        code,told = _attempt(cfg, (*before, *cfg.command), pause)
+        again = ("--resume", "auto") if restarts else () # whatever the first start was told
+        code,told = _attempt(cfg, (*before, *cfg.command, *again), pause)
         if code==-2 and knocks<300: # another machine is still on its way to the same new start
             pause,knocks = 1.,knocks+1
             continue
