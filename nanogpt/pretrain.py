@@ -113,6 +113,7 @@ def _begin(t):
     (out/"exit.json").unlink(missing_ok=True) # it told how the run ended before
     if found:
         notes.append(f"going on after step {t.done} of {t.steps}")
+        if dist.world>2: notes.append("more than two processes: the first step may add in another order, so the last digits may differ")
         names = ", ".join(_changed(old, new))
         if names: notes.append(f"changed since it was stopped, so the rest is not bit-equal to a run never stopped: {names}")
     log = RunLog(out, upto=t.done if found else None)
