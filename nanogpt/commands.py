@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['show', 'GenerateConfig', 'is_tuned', 'run_generate', 'ChatConfig', 'run_chat', 'TokenizerConfig', 'run_tokenizer',
            'DataConfig', 'run_data', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest', 'ExportConfig',
-           'run_export', 'run_pretrain', 'run_sft', 'run_eval', 'run_speedrun', 'run_bench_train', 'run_bench_generate',
-           'run_bench_data']
+           'run_export', 'run_pretrain', 'run_sft', 'run_launch', 'run_eval', 'run_speedrun', 'run_bench_train',
+           'run_bench_generate', 'run_bench_data']
 
 # %% ../nbs/40a_commands.ipynb #687f82b2
 import json
@@ -22,6 +22,7 @@ from .bulk import STATE, bulk
 from .core import CheckpointError, ConfigError, pick_device, read_json, say
 from .corpus import parse_mix
 from .data import prepare
+from .dist import LaunchConfig, launch, processes
 from .evals import EvalConfig, evaluate
 from .hub import save_hub
 from .model import count
@@ -230,15 +231,24 @@ def run_pretrain(
     cfg:TrainConfig, # all settings
 ):
     "Pretrain and say what to type next."
-    _end(cfg, pretrain(cfg, sampler(["One day,"], False, SampleConfig(max_tokens=40, seed=cfg.seed))),
-         f"nanogpt generate --model {cfg.out} --prompt 'One day,'")
+    with processes(cfg) as dist:
+        result = pretrain(cfg, sampler(["One day,"], False, SampleConfig(max_tokens=40, seed=cfg.seed)), dist)
+        if dist.main: _end(cfg, result, f"nanogpt generate --model {cfg.out} --prompt 'One day,'")
 
 def run_sft(
     cfg:SFTConfig, # all settings
 ):
     "Tune and say what to type next."
-    _end(cfg, tune(cfg, sampler(["Write a story."], True, SampleConfig(max_tokens=40, seed=cfg.seed))),
-         f"nanogpt chat --terminal --model {cfg.out}")
+    with processes(cfg) as dist:
+        result = tune(cfg, sampler(["Write a story."], True, SampleConfig(max_tokens=40, seed=cfg.seed)), dist)
+        if dist.main: _end(cfg, result, f"nanogpt chat --terminal --model {cfg.out}")
+
+# %% ../nbs/40a_commands.ipynb #ee7b5682
+def run_launch(
+    cfg:LaunchConfig, # which command, in how many processes
+)->int:               # exit code
+    "Start the processes and keep them going."
+    return launch(cfg)
 
 def run_eval(
     cfg:EvalConfig, # what to measure

@@ -200,6 +200,45 @@ class Dist:
     ):     # the same shape
         "The sum of `x` over all processes."
         return x
+    def gather(
+        self,
+        x, # what JSON can hold
+    )->list: # of every process, in the order of their numbers
+        "What each process has to say, known to all of them."
+        return [x]
+    def first(
+        self,
+        work, # a function without parameters
+    ):
+        "Let the main process do something while the others wait; if it fails, all of them stop."
+        work()
+    def wrap(
+        self,
+        model, # to be trained; the same in every process
+        loss,  # a function that runs it
+    ):         # a function with the same parameters and the same result
+        "The loss, made so that its gradients are shared among the processes."
+        return loss
+    def sync(
+        self,
+        loss,      # from `wrap`
+        last:bool, # is this the last pass of the step?
+    ):
+        "The context of one forward and backward pass: gradients travel in the last pass of a step alone."
+        return nullcontext()
+    def whole(
+        self,
+        tensors:dict, # name → tensor, perhaps only this process's part of it
+    )->dict:          # name → the whole tensor; of use to the main process alone
+        "Put together what is spread over the processes."
+        return tensors
+    def part(
+        self,
+        whole, # a tensor, the same in every process
+        like,  # what it will be copied into
+    ):         # what of it belongs here
+        "This process's part of a tensor."
+        return whole
     def barrier(self): "Wait until every process is here."
 
 # %% ../nbs/00_core.ipynb #fe563914

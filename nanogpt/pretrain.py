@@ -10,7 +10,6 @@ __all__ = ['save_run', 'resume_run', 'check_fresh', 'fit', 'TrainConfig', 'demo'
 import errno
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,22 +27,23 @@ from .data import Loader, prepare
 from .model import GPT, PRESETS, GPTConfig, count, flops
 from .settings import arg, settings
 from .tokenizer import Tokenizer, get_tokenizer
-from .trainer import FitConfig, Trainer, pick_kernel, progress_line, stoppable
+from .trainer import FitConfig, Trainer, pick_kernel, show_progress, stoppable
 
 # %% ../nbs/11b_pretrain.ipynb #b0864541
 def save_run(
     t:Trainer, # the run
 ):
-    "Write a checkpoint of everything that moves, then prune old ones."
-    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, loader=t.loader.state_dict(), rng=ck.rng_state())
+    "Write a checkpoint of everything that moves, in every process, then prune old ones; it does not depend on how many there were."
+    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, loader=t.loader.state_dict(),
+                 rng=t.dist.gather(ck.rng_state()))
+    weights,memory = t.dist.whole(ck.model_tensors(t.model)),t.dist.whole(ck.optimizer_tensors(t.model, t.opts))
     def write(tmp):
-        ck.save_file({n:p.detach().contiguous() for n,p in t.model.named_parameters()}, tmp/"model.safetensors")
-        ck.save_file(ck.optimizer_tensors(t.model, t.opts), tmp/"optimizer.safetensors")
+        ck.save_file(weights, tmp/"model.safetensors")
+        ck.save_file(memory, tmp/"optimizer.safetensors")
         write_json(tmp/"state.json", state)
         write_json(tmp/"config.json", dict(model_type="nanogpt", **settings(t.model.cfg)))
         t.tok.save(tmp/"tokenizer.json")
-    ck.save_folder(t.cfg.out/f"ckpt/step-{t.done:08d}", write)
-    ck.prune(t.cfg.out, t.cfg.keep)
+    t.dist.first(lambda: (ck.save_folder(t.cfg.out/f"ckpt/step-{t.done:08d}", write), ck.prune(t.cfg.out, t.cfg.keep)))
 
 # %% ../nbs/11b_pretrain.ipynb #03dac5df
 def resume_run(
@@ -54,12 +54,13 @@ def resume_run(
     if (mine:=settings(t.model.cfg))!=(saved:={k:v for k,v in read_json(path/"config.json").items() if k!="model_type"}):
         other = ", ".join(f"{k}={saved.get(k)}" for k in mine if mine[k]!=saved.get(k))
         raise CheckpointError(f"{path} is of another model: {other}", "give these settings, or another --out")
-    ck.load_weights(t.model, path/"model.safetensors")
-    ck.load_optimizer(t.model, t.opts, ck.load_file(path/"optimizer.safetensors"))
+    ck.load_weights(t.model, path/"model.safetensors", t.dist)
+    ck.load_optimizer(t.model, t.opts, ck.load_file(path/"optimizer.safetensors"), t.dist)
     state = read_json(path/"state.json")
     t.loader.load_state_dict(state["loader"])
     t.done,t.tokens,t.seconds,t.skipped = (state[k] for k in ("step","tokens","seconds","skipped"))
-    ck.set_rng_state(state["rng"])
+    saved = state["rng"] if isinstance(state["rng"], list) else [state["rng"]] # older checkpoints know of one process only
+    if t.dist.rank<len(saved): ck.set_rng_state(saved[t.dist.rank])            # a process more than before keeps its fresh state
 
 # %% ../nbs/11b_pretrain.ipynb #d622d393
 def _record(t, kernel):
@@ -82,32 +83,37 @@ def _ready(t, old):
     "Choose the attention kernel (a resumed run keeps its own) and compile; returns the kernel and notes for the log."
     compiled = t.cfg.compile and t.device.compiles
     kernel,notes = old.get("kernel", t.cfg.kernel),list(t.device.notes)
-    if kernel=="auto":
+    if t.cfg.parallel=="fsdp": compiled,t.sample = False,None; notes.append("--parallel fsdp: no torch.compile, and no samples are written")
+    if kernel=="auto" and t.dist.main:
         kernel,seconds = pick_kernel(t.model.cfg, t.cfg.micro_batch, t.cfg.seq_len, t.device, compiled)
         notes.append("attention kernel "+kernel+": "+", ".join(f"{k} {v*1e3:.1f} ms a block" for k,v in seconds.items()))
+    kernel = t.dist.gather(kernel)[0] # one choice for all processes
     for b in t.model.transformer.h: b.attn.kernel = KERNELS[kernel]
-    if compiled: t.loss = torch.compile(t._loss)
+    if compiled: t.run = torch.compile(t._loss)
     return kernel, notes
 
 def _changed(old, new):
     "The names of everything that differs from the run that was stopped and could change its numbers."
     free = {"out", "resume", "eval_every", "eval_batches", "save_every", "keep"}
-    names = [k for k in new["settings"] if k not in free and old["settings"].get(k)!=new["settings"][k]]
+    names = [k for k,v in new["settings"].items() if k not in free and old["settings"].get(k, v)!=v] # a younger setting is no news
     return names + [k for k in ("threads", "world", "versions", "device", "dtype", "data") if old.get(k)!=new[k]]
 
 # %% ../nbs/11b_pretrain.ipynb #1cb16bc4
 def _begin(t):
-    "Open or reopen the run's folder; returns its log."
-    out = t.cfg.out
+    "Open or reopen the run's folder; returns its log in the main process and None in the others."
+    out,dist = t.cfg.out,t.dist
     check_fresh(t.cfg)
-    found = ck.latest(out) if t.cfg.resume=="auto" else None
-    old = read_json(out/"config.json") if found else {}
+    found = ck.latest(out) if dist.main and t.cfg.resume=="auto" else None
+    found,old = dist.gather([found and str(found), read_json(out/"config.json") if found else {}])[0]
     kernel,notes = _ready(t, old)
-    if found: resume_run(t, found)
+    if dist.rank: seed((t.cfg.seed+dist.rank)%2**32) # else every process would drop the same activations
+    if found: resume_run(t, Path(found))
     new = _record(t, kernel)
-    if not t.dist.main: return None
+    if not dist.main: return None
+    (out/"exit.json").unlink(missing_ok=True) # it told how the run ended before
     if found:
         notes.append(f"going on after step {t.done} of {t.steps}")
+        if dist.world>2: notes.append("more than two processes: the first step may add in another order, so the last digits may differ")
         names = ", ".join(_changed(old, new))
         if names: notes.append(f"changed since it was stopped, so the rest is not bit-equal to a run never stopped: {names}")
     log = RunLog(out, upto=t.done if found else None)
@@ -118,24 +124,33 @@ def _begin(t):
 
 # %% ../nbs/11b_pretrain.ipynb #15cbfdda
 def _look(t, log):
-    if t.val is not None: log.write("eval", **(row := t.evaluate())); say(f"\nstep {t.done}: validation loss {row['val_loss']:.3f}")
-    for o in (t.sample(t.model, t.tok) if t.sample else ()): log.write("sample", step=t.done, **o)
+    row = t.evaluate() if t.val is not None else {} # every process measures its share
+    if log and row: log.write("eval", **row); say(f"\nstep {t.done}: validation loss {row['val_loss']:.3f}")
+    for o in (t.sample(t.model, t.tok) if log and t.sample else ()): log.write("sample", step=t.done, **o)
     t.model.train()
 
 def _loop(t, log, asked):
     cfg,due = t.cfg,lambda every: every and t.done%every==0
-    tty,saved = sys.stderr.isatty(),t.done
-    while t.done<t.steps:
+    ended = False
+    while t.done<t.steps and not ended:
         row = t.step()
         if log: log.write("step", **row)
         if t.skipped==3: return "diverged"
-        if tty: print("\r"+progress_line(row, t.steps), end="", file=sys.stderr, flush=True)
-        elif t.done%max(1, t.steps//10)==0 or t.done==1: say(progress_line(row, t.steps))
+        if log: show_progress(row, t.steps)
         if due(cfg.eval_every) or t.done==t.steps: _look(t, log)
-        if due(cfg.save_every) and log: save_run(t); log.write("save", step=t.done); saved = t.done
-        if asked(): break
-    if log and saved!=t.done: save_run(t); log.write("save", step=t.done)
+        ended = t.dist.sum(torch.tensor(int(asked()))).item()>0 # whichever process is asked, all leave after the same step
+        if not (due(cfg.save_every) or ended or t.done==t.steps): continue
+        save_run(t)
+        if log: log.write("save", step=t.done)
     return "done" if t.done==t.steps else "preempted"
+
+# %% ../nbs/11b_pretrain.ipynb #388644ec
+def _last_words(t, error):
+    out,who = t.cfg.out,f"process {t.dist.rank}: " if t.dist.world>1 else ""
+    if who and (out/"exit.json").exists(): return # the first process to fail has said why; the others only miss it
+    full = any(getattr(e, "errno", None)==errno.ENOSPC or "No space left" in str(e) for e in (error, error.__cause__))
+    try: write_json(out/"exit.json", dict(reason="disk_full" if full else "error", step=t.done, error=f"{who}{error}"))
+    except OSError: say(f"{out}/exit.json could not be written either") # the disk is full: the error itself follows
 
 # %% ../nbs/11b_pretrain.ipynb #388644eb
 def fit(
@@ -153,23 +168,20 @@ def fit(
     log = _begin(t) # what it refuses leaves the folder as it was
     try:
         model.train()
-        with stoppable() as asked: reason = _loop(t, log, asked)
+        with stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
         end = dict(reason=reason, step=t.done, error=None)
-        if log and reason=="done": ck.save_model(cfg.out/"model", model.eval(), tok)
+        if reason=="done":
+            weights = t.dist.whole(ck.model_tensors(model.eval()))
+            t.dist.first(lambda: ck.save_model(cfg.out/"model", model, tok, weights))
         if log: log.write("note", text=reason, step=t.done, seconds=t.seconds, tokens=t.tokens, peak_memory_bytes=peak_memory_bytes())
     except Exception as e:
-        if cfg.out.is_dir(): _last_words(cfg.out, t.done, e)
+        if cfg.out.is_dir(): _last_words(t, e)
         raise
     if log: write_json(cfg.out/"exit.json", end)
     if reason=="diverged":
         raise NanoError(f"the loss or its gradient was not finite three times, last at step {t.done}", "try a lower --lr")
     speed = t.tokens/max(t.seconds, 1e-9)
     return dict(end, seconds=t.seconds, tokens=t.tokens, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())
-
-def _last_words(out, step, error):
-    full = any(getattr(e, "errno", None)==errno.ENOSPC or "No space left" in str(e) for e in (error, error.__cause__))
-    try: write_json(out/"exit.json", dict(reason="disk_full" if full else "error", step=step, error=str(error)))
-    except OSError: say(f"{out}/exit.json could not be written either") # the disk is full: the error itself follows
 
 # %% ../nbs/11b_pretrain.ipynb #71d8f5f8
 @dataclass(frozen=True, kw_only=True)
@@ -244,14 +256,16 @@ def _tokenizer(cfg):
 
 def open_data(
     cfg:TrainConfig, # where text and tokenizer come from
+    dist:Dist=None,  # the processes: one of them prepares
 )->tuple:            # the tokenizer, and the training and validation shards
     "Prepare the corpus unless the run's folder, or --data, already holds it."
     check_fresh(cfg)
     where = cfg.data or cfg.out/"data"
-    if not has_shards(where) or (cfg.resume=="never" and not cfg.data):
+    def make():
+        if has_shards(where) and (cfg.resume=="auto" or cfg.data): return say(f"using the data in {where}")
         if cfg.data: raise ConfigError(f"--data={cfg.data} holds no data to train on", "make it with: nanogpt data --corpus … --out DIR")
         prepare(cfg.corpus, _tokenizer(cfg), where, tokens=cfg.corpus_tokens, seed=cfg.seed)
-    else: say(f"using the data in {where}")
+    (dist or Dist()).first(make)
     tok = get_tokenizer(where)
     return tok, *open_shards(where, tok)
 
@@ -264,7 +278,7 @@ def pretrain(
     "From the name of a corpus to a trained model in `cfg.out`."
     dist = dist or Dist()
     seed(cfg.seed)
-    tok,train,held = open_data(cfg)
+    tok,train,held = open_data(cfg, dist)
     shape = cfg.model(tok.n_vocab)
     model = ck.load_model(cfg.init)[0] if cfg.init else GPT(shape)
     if cfg.init and ck.model_tokenizer(cfg.init).fingerprint!=tok.fingerprint:
@@ -272,6 +286,6 @@ def pretrain(
     if cfg.seq_len>(room := model.cfg.block_size):
         raise ConfigError(f"--seq_len={cfg.seq_len} exceeds the context of {room} of --init", f"try --seq_len {room}")
     work = flops(model.cfg, cfg.seq_len)*cfg.batch_tokens/1e9
-    say(f"{count(model.cfg):,} parameters, {train.header.tokens:,} tokens of text, {work:,.1f} GFLOP a step")
+    if dist.main: say(f"{count(model.cfg):,} parameters, {train.header.tokens:,} tokens of text, {work:,.1f} GFLOP a step")
     load = lambda shard: Loader(shard, cfg.seq_len, cfg.micro_batch, seed=cfg.seed, rank=dist.rank, world=dist.world)
     return fit(model, load(train), cfg, tok, load(held), sample, dist)

@@ -53,15 +53,18 @@ def _talks(cfg, split, n):
 def write_talks(
     cfg:SFTConfig,  # which conversations
     tok:Tokenizer,  # encodes them
+    dist:Dist=None, # the processes: one of them writes
 )->tuple:           # the training and the validation shard
     "Write conversations with their masks as shards, unless the run's folder already holds them."
     check_fresh(cfg)
     where = cfg.out/"data"
-    for part,split,n in (("train","train",cfg.rows), ("val","test",cfg.val_rows)):
-        if (where/f"{part}.bin").exists() and cfg.resume=="auto":
-            say(f"using {where/part}.bin")
-            continue
-        write_shard(where/f"{part}.bin", shard_rows(_talks(cfg, split, n), Template(tok)), tok.fingerprint, tok.n_vocab, mask=True)
+    def make():
+        for part,split,n in (("train","train",cfg.rows), ("val","test",cfg.val_rows)):
+            if (where/f"{part}.bin").exists() and cfg.resume=="auto":
+                say(f"using {where/part}.bin")
+                continue
+            write_shard(where/f"{part}.bin", shard_rows(_talks(cfg, split, n), Template(tok)), tok.fingerprint, tok.n_vocab, mask=True)
+    (dist or Dist()).first(make)
     return Shard(where/"train.bin", tok), Shard(where/"val.bin", tok)
 
 def tune(
@@ -78,7 +81,7 @@ def tune(
         raise ConfigError(f"--seq_len={cfg.seq_len} exceeds the context of {room} of --init", f"try --seq_len {room}")
     new = not cfg.out.exists()
     load = lambda shard: Loader(shard, cfg.seq_len, cfg.micro_batch, seed=cfg.seed, rank=dist.rank, world=dist.world)
-    try: train,val = map(load, write_talks(cfg, tok))
+    try: train,val = map(load, write_talks(cfg, tok, dist))
     except DataError: # rows too short, or nothing to learn: leave no folder behind
         if new: shutil.rmtree(cfg.out, ignore_errors=True)
         raise
