@@ -34,16 +34,18 @@ def save_run(
     t:Trainer, # the run
 ):
     "Write a checkpoint of everything that moves, in every process, then prune old ones; it does not depend on how many there were."
-    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, loader=t.loader.state_dict(),
+    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, best=t.best, loader=t.loader.state_dict(),
                  rng=t.dist.gather(ck.rng_state()))
-    weights,memory = t.dist.whole(ck.model_tensors(t.model)),t.dist.whole(ck.optimizer_tensors(t.model, t.opts))
+    copy = (lambda o: {k:v.detach().to("cpu", copy=True) for k,v in o.items()}) if t.cfg.save_async else dict # the steps go on meanwhile
+    weights,memory = (copy(t.dist.whole(o)) for o in (ck.model_tensors(t.model), ck.optimizer_tensors(t.model, t.opts)))
     def write(tmp):
         ck.save_file(weights, tmp/"model.safetensors")
         ck.save_file(memory, tmp/"optimizer.safetensors")
         write_json(tmp/"state.json", state)
         write_json(tmp/"config.json", dict(model_type="nanogpt", **settings(t.model.cfg)))
         t.tok.save(tmp/"tokenizer.json")
-    t.dist.first(lambda: (ck.save_folder(t.cfg.out/f"ckpt/step-{t.done:08d}", write), ck.prune(t.cfg.out, t.cfg.keep)))
+    path,spare = t.cfg.out/f"ckpt/step-{t.done:08d}",t.best[1:]
+    t.dist.first(lambda: t.saver.save(lambda: (ck.save_folder(path, write), ck.prune(t.cfg.out, t.cfg.keep, *spare))))
 
 # %% ../nbs/11b_pretrain.ipynb #03dac5df
 def resume_run(
@@ -58,7 +60,7 @@ def resume_run(
     ck.load_optimizer(t.model, t.opts, ck.load_file(path/"optimizer.safetensors"), t.dist)
     state = read_json(path/"state.json")
     t.loader.load_state_dict(state["loader"])
-    t.done,t.tokens,t.seconds,t.skipped = (state[k] for k in ("step","tokens","seconds","skipped"))
+    t.done,t.tokens,t.seconds,t.skipped,t.best = (state.get(k, []) for k in ("step","tokens","seconds","skipped","best"))
     saved = state["rng"] if isinstance(state["rng"], list) else [state["rng"]] # older checkpoints know of one process only
     if t.dist.rank<len(saved): ck.set_rng_state(saved[t.dist.rank])            # a process more than before keeps its fresh state
 
@@ -94,7 +96,7 @@ def _ready(t, old):
 
 def _changed(old, new):
     "The names of everything that differs from the run that was stopped and could change its numbers."
-    free = {"out", "resume", "eval_every", "eval_batches", "save_every", "keep"}
+    free = {"out", "resume", "eval_every", "eval_batches", "save_every", "save_async", "keep"}
     names = [k for k,v in new["settings"].items() if k not in free and old["settings"].get(k, v)!=v] # a younger setting is no news
     return names + [k for k in ("threads", "world", "versions", "device", "dtype", "data") if old.get(k)!=new[k]]
 
@@ -130,8 +132,7 @@ def _look(t, log):
     t.model.train()
 
 def _loop(t, log, asked):
-    cfg,due = t.cfg,lambda every: every and t.done%every==0
-    ended = False
+    cfg,due,ended = t.cfg,lambda every: every and t.done%every==0,False
     while t.done<t.steps and not ended:
         row = t.step()
         if log: log.write("step", **row)
@@ -169,6 +170,7 @@ def fit(
     try:
         model.train()
         with stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
+        t.dist.first(t.saver.wait)
         end = dict(reason=reason, step=t.done, error=None)
         if reason=="done":
             weights = t.dist.whole(ck.model_tensors(model.eval()))
@@ -215,9 +217,8 @@ class TrainConfig(FitConfig):
 
 def demo():
     "Two cores, no network: a million-parameter model learns little stories and some real prose in a minute or two."
-    return TrainConfig(out=Path("runs/base"), corpus="tales:0.8,pydocs:0.2", corpus_tokens=400_000, steps=120, batch_tokens=2048,
-                       micro_batch=8, optimizer="muon", lr=3e-3, muon_lr=.01, schedule="wsd", floor=0., weight_decay=1.,
-                       compile=False, kernel="fused", eval_every=60, save_every=60)
+    return TrainConfig(out=Path("runs/base"), corpus="tales:0.8,pydocs:0.2", corpus_tokens=400_000, steps=120, optimizer="muon", lr=3e-3,
+                       muon_lr=.01, schedule="wsd", floor=0., weight_decay=1., compile=False, kernel="fused", eval_every=60, save_every=60)
 def real_small():
     "A laptop and real text: FineWeb-Edu, Wikipedia and novels with an own vocabulary of 8,192."
     return TrainConfig(out=Path("runs/real-base"), corpus="fineweb-edu,enwiki,austen", corpus_tokens=3_000_000, vocab_size=8192,
@@ -279,8 +280,7 @@ def pretrain(
     dist = dist or Dist()
     seed(cfg.seed)
     tok,train,held = open_data(cfg, dist)
-    shape = cfg.model(tok.n_vocab)
-    model = ck.load_model(cfg.init)[0] if cfg.init else GPT(shape)
+    model = ck.load_model(cfg.init)[0] if cfg.init else GPT(cfg.model(tok.n_vocab))
     if cfg.init and ck.model_tokenizer(cfg.init).fingerprint!=tok.fingerprint:
         raise ConfigError(f"the data was not made with the vocabulary of --init={cfg.init}", f"make it with --tokenizer {cfg.init}")
     if cfg.seq_len>(room := model.cfg.block_size):

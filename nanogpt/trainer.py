@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from .attention import KERNELS, Documents, NoPast
+from .checkpoint import Saver
 from .core import ConfigError, Device, Dist, pick_device, say
 from .data import Loader
 from .model import GPT, Block, GPTConfig, turns
@@ -51,7 +52,8 @@ class FitConfig:
     eval_every:int = arg(100, "steps between evaluations; 0: only at the end")
     eval_batches:int = arg(20, "batches of held-out text in an evaluation")
     save_every:int = arg(500, "steps between checkpoints; 0: only at the end")
-    keep:int = arg(3, "newest checkpoints to keep, at least 2")
+    save_async:bool = arg(False, "write checkpoints beside the training: the same bytes, for a copy of the weights in memory")
+    keep:int = arg(3, "newest checkpoints to keep, at least 2; the best one that was measured when it was saved stays too")
     seed:int = arg(0, "start of all random generators")
     threads:int = arg(0, "processor threads; 0 leaves PyTorch's choice")
     device:str = arg("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
@@ -178,15 +180,15 @@ class Trainer:
         self.steps = cfg.steps or max(1, math.ceil(cfg.epochs*loader.windows/(self.accum*cfg.micro_batch*self.dist.world)))
         self.opts = optimizers(self.model, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
         self.schedule = Schedule(self.steps, cfg.warmup_steps, cfg.floor, cfg.schedule)
-        self.done,self.tokens,self.seconds,self.skipped = 0,0,0.,0
+        self.done,self.tokens,self.seconds,self.skipped,self.saver = 0,0,0.,0,Saver(cfg.save_async)
+        self.best = [] # of the steps that are saved: the lowest validation loss, and where
     def _loss(self, x, y, doc):
         with self.device.autocast(): return self.model.loss(x, y, None if doc is None else Documents(doc))
     def step(self)->dict: # the step's line of the log
         "One optimiser step over all its micro-batches; a gradient that is not finite changes nothing."
         start,lr = time.perf_counter(),self.schedule.at(self.done)
         batches = [self.loader.next().to(self.device.name) for _ in range(self.accum)]
-        n = self.dist.sum(sum((b.y!=-100).sum() for b in batches)).clamp(min=1)
-        total = 0.
+        n = self.dist.sum(sum((b.y!=-100).sum() for b in batches)).clamp(min=1); total = 0.
         for k,b in enumerate(batches, 1):
             with self.dist.sync(self.loss, k==len(batches)):
                 loss,_ = self.loss(b.x, b.y, b.doc)
@@ -208,14 +210,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self)->dict: # the evaluation's line of the log
         "Mean loss in nats per target over the first batches of held-out text, always the same ones."
-        self.model.eval()
-        total,n = torch.zeros(2, device=self.device.name, dtype=torch.float64)
+        self.model.eval(); total,n = torch.zeros(2, device=self.device.name, dtype=torch.float64)
         val,world,rows = self.val,self.dist.world,self.val.once()
         blank = val.read([0]); blank.y.fill_(-100) # for a process that has no rows left while others have
         for _ in range(min(-(-self.cfg.eval_batches//world), -(-val.windows//(val.batch*world)))): # shared out, so the text is the same
             b = next(rows, blank).to(self.device.name)
             loss,k = self._loss(b.x, b.y, b.doc)
             total += loss; n += k
-        self.model.train()
-        total,n = self.dist.sum(total).item(),self.dist.sum(n).item()
+        self.model.train(); total,n = self.dist.sum(total).item(),self.dist.sum(n).item()
+        now = [total/n, self.done]
+        if self.cfg.save_every and self.done%self.cfg.save_every==0: self.best = min(self.best or now, now)
         return dict(step=self.done, val_loss=total/n, n=int(n))

@@ -103,11 +103,11 @@ SLOW = "import os, time\ndef slow(f, old=os.fsync): time.sleep(.02); old(f)\nos.
 
 def parts(folder, pid=""): return list((folder/"ckpt").glob(f".*.{pid}.part" if pid else ".*.part"))
 
-def kill_at(moments, shards, out, dice):
+def kill_at(moments, shards, out, dice, *more):
     "Start the run again and again and kill it, each time at another moment; how many saves were met in their middle."
     halves = 0
     for kind, n in moments:
-        p = start(*pretrain(shards, out), before=SLOW)
+        p = start(*pretrain(shards, out, *more), before=SLOW)
         assert wait(p, lambda p=p, kind=kind, n=n: steps_done(out)>=n and (kind=="step" or parts(out, p.pid)))
         time.sleep(dice.random()*(.02 if kind=="step" else .1))
         p.kill()
@@ -117,12 +117,13 @@ def kill_at(moments, shards, out, dice):
         for name in checkpoints(out): assert here("ckpt", "verify", out/"ckpt"/name)[0]==0, (kind, n, name)
     return halves
 
-def test_killed_at_any_moment(whole, shards, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--save_async",)], ids=["saves between steps", "saves beside them"])
+def test_killed_at_any_moment(more, whole, shards, tmp_path):
     "Killed six times, in the middle of steps, samples and saves, the run still ends as if nothing had happened."
     dice, out = random.Random(2), tmp_path/"run"
     moments = [("step", 3), ("saving", 5), ("step", 8), ("saving", 10), ("step", dice.randint(12, 18)), ("saving", 20)]
-    assert kill_at(moments, shards, out, dice)>=1, "no save was met in its middle: this test tests less than it says"
-    run(*pretrain(shards, out))
+    assert kill_at(moments, shards, out, dice, *more)>=1, "no save was met in its middle: this test tests less than it says"
+    run(*pretrain(shards, out, *more))
     same(out, whole)
 
 @pytest.mark.long
