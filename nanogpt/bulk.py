@@ -21,7 +21,7 @@ import numpy as np
 from .core import ConfigError, DataError, read_json, say, write_atomic, write_json
 from .corpus import _files, locate
 from .crew import Stream, cores, crew, in_order
-from .pieces import BulkConfig, datatrove_pieces, fill, pieces, told
+from .pieces import BulkConfig, datatrove_pieces, pieces, told, up_to
 from .settings import settings
 from .shard import Shard, ShardInfo, write_shard
 from .tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def _held_out(cfg, tok, pipes):
     stream = Stream(in_order(_jobs(cfg, tok, "test"), pipes))
     first = next(iter(stream), None)
     if first is None: raise DataError(f"no held-out text came from {_name(cfg)}: {told(stream.counts)}", "give more text, or other filters")
-    info = write_shard(cfg.out/"val.bin", fill(chain([first], stream), cfg.held()), tok.fingerprint, tok.n_vocab)
+    info = write_shard(cfg.out/"val.bin", up_to(chain([first], stream), cfg.held()), tok.fingerprint, tok.n_vocab)
     say(f"val.bin: {info.tokens:,} tokens in {info.documents:,} documents, held out")
     return _entry(cfg.out/"val.bin", info)
 
@@ -155,7 +155,7 @@ def write_shards(
     pieces_in_all = _size(cfg, tok)
     while total<goal and (first := next(iter(stream), None)) is not None:
         path = cfg.out/f"train-{len(shards):05d}.bin"
-        info = write_shard(path, fill(chain([first], stream), min(cfg.shard_tokens, goal-total)), tok.fingerprint, tok.n_vocab)
+        info = write_shard(path, up_to(chain([first], stream), min(cfg.shard_tokens, goal-total)), tok.fingerprint, tok.n_vocab)
         o = _entry(path, info) | dict(next=[stream.piece, stream.row], counts=dict(stream.counts))
         if cfg.dedup: write_atomic(_hash_file(cfg, o), lambda tmp: tmp.write_bytes(b"".join(stream.new)))
         stream.new.clear(); shards.append(o); total += info.tokens

@@ -223,8 +223,8 @@ def find_model(
     if (path/"config.json").exists() and (path/"model.safetensors").exists(): return path
     if foreign(path): return path
     if (found := latest(path) or (None if path.exists() else fetch(path.as_posix()))): return found
-    near = [o.parent for o in path.parent.glob("*/model")] if path.parent.is_dir() else []
-    fix = f"try --model {near[0]}" if near else "train one first: nanogpt speedrun --out runs/demo"
+    near = sorted(path.glob("*/model")) or sorted(path.parent.glob("*/model")) # inside, or beside it; of a demo's two, the tuned one
+    fix = f"try --model {near[-1].parent}" if near else "train one first: nanogpt speedrun --out runs/demo"
     raise CheckpointError(f"there is no model in {path}", fix)
 
 def load_model(

@@ -59,9 +59,11 @@ def _verb(argv):
         if (verb := " ".join(argv[:n])) in VERBS and len(argv)>=n: return verb, argv[n:]
     near = [o for words in (" ".join(argv[:2]), argv[0]) for o in difflib.get_close_matches(words, VERBS, 1, .4)]
     more = [v for v in VERBS if v.split()[0]==argv[0]]
-    fix = f"did you mean {near[0]}?" if near else "nanogpt --help lists them"
-    if more: fix = f"say {' or '.join(more)}"
-    raise ConfigError(f"nanogpt {argv[0]} needs a second word" if more else f"nanogpt has no verb {argv[0]!r}", fix)
+    second = argv[1] if len(argv)>1 and not argv[1].startswith("-") else ""
+    if more and not (second and near and near[0] in more): near = [" or ".join(more)]
+    what = f"nanogpt has no verb {argv[0]!r}"
+    if more: what = f"nanogpt {argv[0]} has no {second!r}" if second else f"nanogpt {argv[0]} needs a second word"
+    raise ConfigError(what, f"did you mean {near[0]}?" if near else "nanogpt --help lists them")
 
 def _inner(cfg, words):
     "The settings of `launch` with the command that it shall run, which must be understood too."
@@ -106,7 +108,10 @@ def main(
     except KeyboardInterrupt: say("\nstopped"); return 130
     except BrokenPipeError: sys.stderr.close(); return 1 # the reader of a pipe has left
     except NanoError as e: say(f"nanogpt: {_who()}{e}"); return 2
-    except Exception: traceback.print_exc(); say(f"nanogpt: {_who()}this is a mistake of the program"); return 1
+    except Exception as e:
+        if isinstance(e, OSError) and e.filename: # a path that somebody gave, and that cannot be what it should be
+            say(f"nanogpt: {_who()}{e.filename}: {e.strerror}\n  fix: choose another file or folder"); return 2
+        traceback.print_exc(); say(f"nanogpt: {_who()}this is a mistake of the program"); return 1
 
 def _who(): return f"process {rank}: " if (rank := os.environ.get("RANK", "0"))!="0" else ""
 

@@ -217,7 +217,8 @@ def hint(
 # %% ../nbs/42a_course.ipynb #4c76b95e
 def _source(name):
     if name in ANSWERS: return ANSWERS[name]
-    where = next((full for names in d["syms"].values() for full in names if full.split(".")[-1]==name), None) # nanogpt.module.name
+    known = (full for names in d["syms"].values() for full in names)         # nanogpt.module.name, or one part more for a method
+    where = next((full for full in known if full.split(".")[2:]==[name]), None)
     if not where: raise ConfigError(f"the package has no {name}", "export the notebooks with nbdev-export")
     return inspect.getsource(getattr(importlib.import_module(where.rpartition(".")[0]), name))
 

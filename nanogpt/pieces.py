@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FATES', 'LACKS', 'own_lines', 'BulkConfig', 'pieces', 'datatrove_layout', 'datatrove_pieces', 'read_piece', 'fate',
-           'first_times', 'digest', 'fill', 'told']
+           'first_times', 'digest', 'up_to', 'told']
 
 # %% ../nbs/04a_pieces.ipynb #f8100c97
 import gzip
@@ -214,7 +214,7 @@ def digest(
     return bytes(codes), lengths, np.array(ids), hashes
 
 # %% ../nbs/04a_pieces.ipynb #41925d01
-def fill(
+def up_to(
     docs:Iterator, # of ids
     limit:float,   # tokens
 )->Iterator:       # of ids

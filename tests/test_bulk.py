@@ -69,6 +69,8 @@ from nanogpt.tokenizer import get_tokenizer
 bulk(BulkConfig(corpus=sys.argv[1], out=Path(sys.argv[2]), val_tokens=20_000, shard_tokens=60_000, piece_bytes=15_000, dedup=True,
                 workers=int(sys.argv[4])), get_tokenizer(sys.argv[3]))"""
 
+SLOW = "import os, time\ndef slow(f, old=os.fsync): time.sleep(.05); old(f)\nos.fsync = slow\n" # so that no shard comes too fast to be met
+
 def process(source, out, tok, workers=2, before=""):
     "A process that makes the same shards; `before` is Python to run first."
     tok.save(Path(out).parent/"tokenizer.json")
@@ -98,7 +100,7 @@ def test_killed_main_process(source, tok, never, tmp_path, seed):
     "SIGKILL at random moments, again and again; in the end the bytes are those of a run that was never killed."
     rng, out, killed = random.Random(seed), tmp_path/"d", 0
     for _ in range(9):
-        p = process(source, out, tok, rng.choice((1, 2)))
+        p = process(source, out, tok, rng.choice((1, 2)), before=SLOW)
         had, moment = len(list(out.glob("train-*.bin"))) if out.exists() else 0, rng.choice(("shard", "time"))
         until = time.time()+(rng.random()*2 if moment=="time" else 60)
         while p.poll() is None and time.time()<until:

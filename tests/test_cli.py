@@ -88,6 +88,13 @@ def test_our_own_mistake_is_not_the_users():
     err = run("tokenizer", code=130, before="import nanogpt.cli as c\ndef stop(run, cfg): raise KeyboardInterrupt\nc._run = stop").stderr
     assert "stopped" in err and "Traceback" not in err
 
+def test_a_path_that_is_something_else(refused, whole, tmp_path):
+    "A file where a folder is wanted is the user's mistake; a folder of runs leads to the run in it."
+    file = write(tmp_path/"own.txt", "A text.\n\n"*50)
+    refused("data", "--corpus", file, "--out", file, "--tokenizer", "gpt2", says=("own.txt", "another file or folder"))
+    copy(whole, tmp_path/"demo/base")
+    refused("generate", "--model", tmp_path/"demo", "--prompt", "x", says=(f"try --model {tmp_path/'demo/base'}",))
+
 def test_a_reader_that_leaves(whole):
     "`nanogpt generate | head -c 1` ends without a traceback."
     words = command("generate", "--model", whole, "--prompt", "One day,", "--max_tokens", 100, "--threads", 1)

@@ -208,7 +208,8 @@ def test_all_of_dolly_becomes_rows(data_home, capsys):
 # ---- the terminal, in a process of its own ---------------------------------------------------------------------------
 
 TALK = """
-import sys, time, torch
+import signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler) # whoever started the tests may have it ignored
 sys.path.insert(0, {tests!r})
 from test_sample import toy
 from nanogpt.sample import SampleConfig
