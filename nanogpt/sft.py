@@ -16,7 +16,7 @@ from . import checkpoint as ck
 from .core import ConfigError, DataError, Dist, say, seed
 from .corpus import conversations, parse_mix
 from .data import Loader
-from .pretrain import check_fresh, fit
+from .run import check_fresh, fit
 from .settings import arg
 from .shard import Shard, write_shard
 from .template import Template, shard_rows
