@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := runs/demo
 COURSE ?= my-course
+RIVAL  ?= runs/nanoGPT/model.py
 SETUP  := settings.ini constraints.txt setup.py pyproject.toml
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -40,11 +41,17 @@ chat: $(VENV)/.runtime ## talk to the model of `make demo` in the terminal
 	@echo "==> Talking to $(DEMO)/tuned (leave with Ctrl-D) …"
 	$(BIN)/nanogpt chat --terminal --model $(DEMO)/tuned
 
-bench: $(VENV)/.runtime ## measure training and generation speed on this machine
+bench: $(VENV)/.runtime ## measure training, generation and tokenising on this machine, and race nanoGPT
 	@echo "==> Measuring training …"
 	$(BIN)/nanogpt bench train $(ARGS)
 	@echo "==> Measuring generation …"
 	$(BIN)/nanogpt bench generate $(ARGS)
+	@echo "==> Measuring the making of data …"
+	$(BIN)/nanogpt bench data
+	@test -f $(RIVAL) || { echo "==> Fetching nanoGPT, to race it …"; git clone --quiet --depth 1 https://github.com/karpathy/nanoGPT $(dir $(RIVAL)); } || \
+		{ echo "nanoGPT could not be fetched: name a model.py you have with make bench RIVAL=path/to/model.py"; exit 1; }
+	@echo "==> Racing nanoGPT: two shapes, ten rounds each (about ten minutes on two cores; 15 GB of memory) …"
+	$(BIN)/nanogpt bench race --versus $(RIVAL)
 
 notebooks: $(VENV)/.dev ## write nanogpt/ and lessons/ from nbs/ and clean the notebooks (run it before you commit)
 	@echo "==> Exporting nbs/ to nanogpt/, cleaning the notebooks, building lessons/ …"

@@ -35,6 +35,7 @@ VERBS = {
     "ckpt verify": ("commands.CkptConfig", "ckpt_verify", "is the newest checkpoint whole?"),
     "bench train": ("bench.BenchConfig", "run_bench_train", "speed of a training step"),
     "bench generate": ("bench.BenchConfig", "run_bench_generate", "speed of generation"),
+    "bench race": ("race.RaceConfig", "race.run_race", "speed of training beside nanoGPT"),
     "bench data": ("bench.DataBenchConfig", "run_bench_data", "speed of tokenising a corpus"),
     "course list": ("study.CourseConfig", "study.course_list", "every exercise of the course"),
     "course start": ("study.CourseConfig", "study.course_start", "a learner's own copy of the lessons, in a folder"),

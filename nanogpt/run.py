@@ -23,7 +23,7 @@ from .data import Loader
 from .model import GPT, count
 from .settings import settings
 from .tokenizer import Tokenizer
-from .trainer import FitConfig, Trainer, pick_kernel, show_progress, stoppable
+from .trainer import FitConfig, Trainer, kept_memory, pick_kernel, show_progress, stoppable
 
 # %% ../nbs/11b_run.ipynb #b0864541
 def save_run(
@@ -165,7 +165,7 @@ def fit(
     log = _begin(t) # what it refuses leaves the folder as it was
     try:
         model.train()
-        with stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
+        with kept_memory(), stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
         t.dist.first(t.saver.wait)
         end = dict(reason=reason, step=t.done, error=None)
         if reason=="done":

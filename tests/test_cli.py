@@ -406,14 +406,18 @@ class GPT(torch.nn.Module):
     def forward(self, x, y): return None, self.head(x).logsumexp(-1).mean()
 """
 
-def test_bench_beside_a_rival(tmp_path):
+def test_race_beside_a_rival(tmp_path):
     "A model.py that looks like nanoGPT's is trained in turns with ours; what it prints stays away from the result."
     write(tmp_path/"model.py", RIVAL)
-    words = ("--shape", "12m", "--rounds", 1, "--batch", 1, "--kernel", "fused", "--versus", tmp_path/"model.py", *FAST)
-    done = run("bench", "train", *words, "--json")
+    words = "bench race --shapes 12m --rounds 1 --batch 1 --kernel fused --no_compile --dtype float32 --threads 1 --json".split()
+    done = run(*words, "--versus", tmp_path/"model.py")
     [o] = objects(done.stdout)
-    assert "a rival may print" in done.stderr and o["versus"]==str(tmp_path/"model.py")
-    assert abs(o["ratio"]-o["tokens_per_second"]/o["versus_tokens_per_second"])<1e-9 and o["ratio"]<1 # it has one layer, ours six
+    assert "a rival may print" in done.stderr and set(o["rival"])==set(o["ratio"])=={"compiled", "documented"}
+    for way, ratio in o["ratio"].items():
+        assert abs(ratio-o["tokens_per_second"]/o["rival"][way])<1e-9 and ratio<1 # it has one layer, ours six
+    write(tmp_path/"broken.py", "raise OSError('not here')")
+    done = run(*words, "--versus", tmp_path/"broken.py", code=2)
+    assert "OSError: not here" in done.stderr and done.stderr.rstrip().endswith("fix: look at its own message above")
 
 def test_progress_and_results_are_apart(shards, tmp_path):
     "Progress goes to stderr, the result to stdout: a pipe gets the result alone, and it says what to type next."
