@@ -118,7 +118,8 @@ def bench_train(
     ours,peak = whole_step(device, model, optimizers(model), lambda: torch.div(*loss(x, y))),peak_flops(device)
     with kept_memory(): seconds,*others = best_seconds([ours, *rivals], cfg.rounds, device.name) # as `fit` does
     share = flops(model.cfg, T)*B*T/seconds/peak
-    return _row(cfg, device, B, seconds, B*T, peak_share=share, kernel=kernel, compile=cfg.compile, seq_len=T, rivals=others)
+    more = dict(peak_share=share, peak_flops=peak, kernel=kernel, compile=cfg.compile, seq_len=T, rivals=others)
+    return _row(cfg, device, B, seconds, B*T, **more)
 
 # %% ../nbs/39_bench.ipynb #faa465b9
 def bench_generate(

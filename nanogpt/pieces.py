@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import mmap
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -200,18 +199,18 @@ def digest(
     split:str,      # train or test
 )->tuple:           # a byte for each row, the lengths of what is kept, all its ids, and its hashes (16 bytes each, for --dedup)
     "All that a worker does with a piece."
-    codes,lengths,hashes,ids = bytearray(),[],[],array("I") # 32 bits each; filled from a list much faster than a NumPy array
+    codes,lengths,hashes,ids,eot = bytearray(),[],[],[],np.array([tok.eot], np.uint32)
     for row in read_piece(piece, tok):
         text = _text(row) if row else ""
         code = FATES.index(fate(row, text, cfg, split))
         if code==0:
-            own = row["ids"] if piece[0]=="ds" else tok.encode(text)
-            ids.append(tok.eot); ids.fromlist(own); lengths.append(1+len(own))
+            own = np.array(row["ids"], np.uint32) if piece[0]=="ds" else tok.encode_array(text)
+            ids += [eot, own]; lengths.append(1+len(own))
             if cfg.dedup: hashes.append(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
             code += 16*bool(cfg.language and not row.get("language")) + 32*(cfg.min_score is not None and _score(row) is None)
             code += 64*bool(piece[0]=="ds" and row["no_end"])
         codes.append(code)
-    return bytes(codes), lengths, np.array(ids), hashes
+    return bytes(codes), lengths, np.concatenate(ids or [eot[:0]]), hashes
 
 # %% ../nbs/04a_pieces.ipynb #41925d01
 def up_to(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .bench import SHAPES, BenchConfig, bench_train, whole_step
+from .bench import SHAPES, BenchConfig, bench_train, peak_flops, whole_step
 from .core import ConfigError, NanoError, pick_device, say
 from .model import GPTConfig
 from .settings import arg
@@ -94,7 +94,7 @@ class RaceConfig:
 def race(
     cfg:RaceConfig, # whom to race
     name:str,       # the shape
-)->dict:            # the row of `bench_train`, the rivals' tokens per second and our ratio to each, by recipe
+)->dict:            # the row of `bench_train`, the rivals' tokens per second and our ratio to each, and of the peaks of dtype and float32
     "Ours and the rival's recipes at one shape, in turns."
     if cfg.threads: torch.set_num_threads(cfg.threads)
     make,batch,T = SHAPES[name]
@@ -107,17 +107,18 @@ def race(
         ours = BenchConfig(shape=name, batch=B, rounds=cfg.rounds, compile=compiled, kernel=cfg.kernel, device="cpu", dtype=cfg.dtype)
         row = bench_train(ours, steps)
     others = dict(zip(RECIPES, row.pop("rivals"), strict=True))
-    return dict(row, rounds=cfg.rounds, rival={k:B*T/s for k,s in others.items()}, ratio={k:s/row["seconds"] for k,s in others.items()})
+    sides = dict(rival={k:B*T/s for k,s in others.items()}, ratio={k:s/row["seconds"] for k,s in others.items()})
+    return dict(row, rounds=cfg.rounds, peak_ratio=row["peak_flops"]/peak_flops(plain), **sides)
 
 def race_text(
     rows:list, # of `race`
 )->str:
     "A Markdown table for people."
-    head = "| shape | nanogpt, tokens/s | of the peak | nanoGPT compiled | ratio | nanoGPT as documented | ratio |"
-    line = "|:--|--:|--:|--:|--:|--:|--:|"
+    head = "| shape | nanogpt, tokens/s | of the peak | nanoGPT compiled | ratio | nanoGPT as documented | ratio | peaks |"
+    line = "|:--|--:|--:|--:|--:|--:|--:|--:|"
     side = lambda r,k: f"{r['rival'][k]:,.0f} | {r['ratio'][k]:.2f}"
     return "\n".join([head, line, *(f"| {r['shape']} {r['dtype']} | {r['tokens_per_second']:,.0f} | {r['peak_share']:.0%} | "
-                              f"{side(r, 'compiled')} | {side(r, 'documented')} |" for r in rows)])
+                              f"{side(r, 'compiled')} | {side(r, 'documented')} | {r['peak_ratio']:.2f} |" for r in rows)])
 
 def run_race(
     cfg:RaceConfig, # whom to race

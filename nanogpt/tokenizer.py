@@ -19,6 +19,7 @@ from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from .bpe import BPE, PATTERN, train_bpe
@@ -85,6 +86,13 @@ class Tokenizer:
     )->list:      # ids, none of them special
         "The ids of a text."
         return self._engine.encode_ordinary(text)
+    def encode_array(
+        self,
+        text:str, # any text
+    )->np.ndarray: # of uint32
+        "What `encode` gives, without making a Python number of each id: about a fifth faster."
+        try: return self._engine.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError: return np.array(self.encode(text), np.uint32) # half a letter: `encode` knows what to do
     def encode_batch(
         self,
         texts:list,    # texts

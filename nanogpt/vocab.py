@@ -13,6 +13,8 @@ import struct
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from .core import DataError
 from .tokenizer import KINDS, SPECIALS, Tokenizer, gpt2_ranks, gpt2_tokenizer
 
@@ -69,6 +71,12 @@ class Scored(Tokenizer):
         letters = [c.encode("utf-8", "replace") for c in word]
         row = [i for c in letters for i in ([self.find[c]] if c in self.find else [b+3 for b in c])]
         return merge_by_score(row, self.pieces, self.find, self.scores)
+    def encode_array(
+        self,
+        text:str,  # any text
+    )->np.ndarray: # of uint32
+        "What `encode` gives, as an array."
+        return np.array(self.encode(text), np.uint32)
     def encode_batch(
         self,
         texts,     # texts
