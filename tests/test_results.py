@@ -5,9 +5,9 @@ import pytest
 from conftest import ROOT
 
 ALL = sorted((ROOT/"results").glob("*.json"))
-BENCHES = [p for p in ALL if p.stem.startswith("bench-")]
-SEEDS = ROOT/"results/demo-seeds.json"
-RECORDS = [p for p in ALL if p not in (*BENCHES, SEEDS)] # cards of a speedrun
+RACE, DATA, SEEDS = (ROOT/f"results/{name}.json" for name in ("race", "bench-data", "demo-seeds"))
+RECORDS = [p for p in ALL if p not in (RACE, DATA, SEEDS)] # cards of a speedrun
+README = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
 
 def load(path): return json.loads(path.read_text(encoding="utf-8"))
 
@@ -29,16 +29,24 @@ def test_record_is_complete(path):
     for side in ("before", "after"):
         for m in card[side].values(): assert m["n"] > 0 and m["low"] <= m["value"] <= m["high"]
 
-@pytest.mark.parametrize("path", BENCHES, ids=lambda p: p.stem)
-def test_readme_shows_the_speed(path):
-    "The line in the README is what the recorded command printed, and the rival was really beaten by what is promised."
+def test_readme_shows_the_race():
+    "The table in the README is what the recorded command printed, and nanoGPT was beaten by what is promised, at both shapes."
+    from nanogpt.race import race_text
+    record = load(RACE)
+    assert all(line in README for line in race_text(record["rows"]).splitlines()) and f"`{record['command']}`" in "\n".join(README)
+    assert [r["shape"] for r in record["rows"]]==["12m", "gpt2"]
+    for r in record["rows"]:
+        assert r["dtype"]=="bfloat16" and r["compile"] and r["ratio"]["compiled"]>=1.25
+        # 3.5 times its float32 is promised where bf16 multiplies four times as fast as float32; elsewhere in proportion
+        assert r["ratio"]["documented"]>=3.5/4*min(4, r["peak_ratio"])
+    assert record["rows"][0]["peak_share"]>=.70
+
+def test_readme_shows_the_making_of_data():
+    "The line in the README is what the recorded command printed: nine tenths of what tiktoken does in one thread, times the cores."
     from nanogpt.bench import bench_text
-    row = load(path)
-    assert bench_text(row) in (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
-    assert row["ratio"] >= 1.15 and row["compile"] and row["dtype"] == "bfloat16"
-    ratios = [row["ratio"], *row["other_ratios"]] # the same command on other days, better and worse
-    assert f"other runs gave from {min(ratios):.2f} to {max(ratios):.2f} times" in (ROOT/"README.md").read_text(encoding="utf-8")
-    assert sum(ratios)/len(ratios) >= 1.15
+    record = load(DATA)
+    assert bench_text(record["rows"][0]) in README and f"`{record['command']}`" in "\n".join(README)
+    assert record["rows"][0]["ratio"]>=.90
 
 def test_readme_shows_the_seeds():
     "How much is luck: the demo's numbers for several seeds stand in the README, and with each of them it kept its promise."
@@ -50,5 +58,5 @@ def test_readme_shows_the_seeds():
         assert r["before"]["closed_qa"]["value"]<.05 and r["after"]["closed_qa"]["value"]>=.90 and r["after"]["endings"]["value"]>=.80
 
 def test_there_are_records():
-    "Both recipes have been run, and one race."
-    assert {"demo", "real-small"} <= {p.stem for p in RECORDS} and BENCHES
+    "Both recipes have been run."
+    assert {"demo", "real-small"} <= {p.stem for p in RECORDS}
