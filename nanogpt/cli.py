@@ -22,8 +22,9 @@ from .settings import parse
 VERBS = {
     "speedrun": ("speedrun.SpeedrunConfig", "run_speedrun", "raw text → assistant, with a table of before and after"),
     "pretrain": ("pretrain.TrainConfig", "run_pretrain", "train a base model on running text"),
+    "plan": ("plan.PlanConfig", "plan.run_plan", "what a pretraining will take: tokens, passes, hours, disk"),
     "sft": ("sft.SFTConfig", "run_sft", "tune a model on conversations"),
-    "launch": ("dist.LaunchConfig", "run_launch", "pretrain or sft in several processes: launch --nproc 2 -- pretrain …"),
+    "launch": ("dist.LaunchConfig", "run_launch", "a verb that trains, in several processes: launch --nproc 2 -- pretrain …"),
     "eval": ("evals.EvalConfig", "run_eval", "measure a model, every number with its interval"),
     "generate": ("commands.GenerateConfig", "run_generate", "continue a text or answer a question"),
     "chat": ("commands.ChatConfig", "run_chat", "talk to a model (--terminal)"),
@@ -46,13 +47,27 @@ VERBS = {
 }
 
 PLACES = {"ckpt": "--dir", "course": "--path", "data": "--corpus"} # the flag that a first word without one stands for
-TOGETHER = ("pretrain", "sft") # verbs that several processes can do together
+TOGETHER = ("pretrain", "sft", "speedrun") # verbs that several processes can do together
 
 def usage()->str:
     "The text of `nanogpt --help`."
     lines = [f"  {verb:16}{text}" for verb,(_,_,text) in VERBS.items()]
     return "\n".join(["nanogpt VERB [--preset NAME] [--config FILE] [--setting value …]", "", *lines, "",
                       "nanogpt VERB --help lists the settings of a verb. Start with: nanogpt speedrun --out runs/demo"])
+
+# %% ../nbs/41_cli.ipynb #b7d0c3e2
+def _apart(verb, words):
+    "The words of the verb itself, and for `launch` those of the command behind --."
+    if verb!="launch": return words, []
+    if "--" in words: return words[:(at := words.index("--"))], words[at+1:]
+    if (at := next((i for i,w in enumerate(words) if w in TOGETHER), None)) is not None:
+        raise ConfigError("launch wants -- before the command that it runs", " ".join(["nanogpt launch", *words[:at], "--", *words[at:]]))
+    return words, []
+
+def _inner(cfg, words):
+    "The settings of `launch` with the command that it shall run, which must be understood too."
+    if words[:1] and words[0] not in TOGETHER: raise ConfigError(f"launch cannot run {words[0]!r}", f"it runs {' or '.join(TOGETHER)}")
+    return replace(cfg, command=tuple(words), out=parse_only(words)[1].out) if words else cfg
 
 # %% ../nbs/41_cli.ipynb #797bf3bd
 def _verb(argv):
@@ -65,11 +80,6 @@ def _verb(argv):
     what = f"nanogpt has no verb {argv[0]!r}"
     if more: what = f"nanogpt {argv[0]} has no {second!r}" if second else f"nanogpt {argv[0]} needs a second word"
     raise ConfigError(what, f"did you mean {near[0]}?" if near else "nanogpt --help lists them")
-
-def _inner(cfg, words):
-    "The settings of `launch` with the command that it shall run, which must be understood too."
-    if words[:1] and words[0] not in TOGETHER: raise ConfigError(f"launch cannot run {words[0]!r}", f"it runs {' or '.join(TOGETHER)}")
-    return replace(cfg, command=tuple(words), out=parse_only(words)[1].out) if words else cfg
 
 def parse_only(
     argv:list, # the words after `nanogpt`
@@ -87,9 +97,9 @@ def parse_only(
     if place and rest and not rest[0].startswith("-"): rest = [place, *rest]
     # step 4: the settings, then both; for `launch`, what stands after -- is a command of its own
     run = load(name) # first, because later notebooks add to what a setting may be: evaluations, for one
-    at = rest.index("--") if verb=="launch" and "--" in rest else len(rest)
-    cfg = parse(load(where), rest[:at], f"nanogpt {verb}")
-    return run, _inner(cfg, rest[at+1:]) if verb=="launch" else cfg
+    own,inner = _apart(verb, rest)
+    cfg = parse(load(where), own, f"nanogpt {verb}")
+    return run, _inner(cfg, inner) if verb=="launch" else cfg
 
 # %% ../nbs/41_cli.ipynb #05b7f015
 def main(

@@ -174,11 +174,16 @@ def _state(path):
     except CheckpointError as e: return dict(path=str(path), valid=False, error=e.what)
     return dict(path=str(path), valid=True, error=None)
 
+def _none(cfg, what="checkpoint"):
+    say(f"{cfg.dir} holds no {what}" if cfg.dir.is_dir() else f"there is no folder {cfg.dir}")
+    return 3
+
 def ckpt_list(
     cfg:CkptConfig, # which run
 )->int:             # exit code
     "Every checkpoint, oldest first, and whether it is whole; nothing is changed."
     states = [_state(p) for p in ck.checkpoints(cfg.dir)]
+    if not states: return _none(cfg)
     for s in states: show(s, f"{s['path']}  {'valid' if s['valid'] else s['error']}", cfg.json)
     return 0 if any(s["valid"] for s in states) else 3
 
@@ -186,9 +191,7 @@ def ckpt_verify(
     cfg:CkptConfig, # which run, or one checkpoint
 )->int:             # exit code
     "The newest checkpoint, or the one named: is every byte as it was saved?"
-    if not (found := ck.checkpoints(cfg.dir) or [o for o in [cfg.dir] if (o/"MANIFEST.json").exists()]):
-        say(f"{cfg.dir} holds no checkpoint")
-        return 3
+    if not (found := ck.checkpoints(cfg.dir) or [o for o in [cfg.dir] if (o/"MANIFEST.json").exists()]): return _none(cfg)
     s = _state(found[-1])
     show(s, f"{s['path']}  {'valid' if s['valid'] else s['error']}", cfg.json)
     return 0 if s["valid"] else 3
@@ -198,8 +201,9 @@ def ckpt_latest(
 )->int:             # exit code
     "The path of the newest valid checkpoint."
     good = [s for s in map(_state, ck.checkpoints(cfg.dir)) if s["valid"]]
-    if good: show(good[-1], good[-1]["path"], cfg.json)
-    return 0 if good else 3
+    if not good: return _none(cfg, "valid checkpoint")
+    show(good[-1], good[-1]["path"], cfg.json)
+    return 0
 
 # %% ../nbs/40a_commands.ipynb #fe4dd16e
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +266,11 @@ def run_speedrun(
     cfg:SpeedrunConfig, # where, which recipe, which seed
 ):
     "The whole line, its table, and what to type next."
-    card = speedrun(cfg)
-    if not card: return say("stopped; the same command goes on from there")
-    show(card, card_text(card)+f"\nnext: nanogpt chat --terminal --model {cfg.out}/tuned", cfg.json)
+    with processes(cfg.plan().base) as dist:
+        card = speedrun(cfg, dist)
+        if not dist.main: return
+        if not card: return say("stopped; the same command goes on from there")
+        show(card, card_text(card)+f"\nnext: nanogpt chat --terminal --model {cfg.out}/tuned", cfg.json)
 
 def run_bench_train(
     cfg, # a BenchConfig

@@ -7,6 +7,7 @@ __all__ = ['Group', 'processes', 'LaunchConfig', 'launch']
 
 # %% ../nbs/12_dist.ipynb #5b7182b1
 import json
+import logging
 import os
 import signal
 import sys
@@ -182,6 +183,7 @@ def _attempt(cfg, command, pause):
     from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig as Elastic
     from torch.distributed.launcher.api import elastic_launch
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL) # who failed, and how, is told below
     with TemporaryDirectory() as logs:
         plan = Elastic(min_nodes=cfg.nodes, max_nodes=cfg.nodes, nproc_per_node=cfg.here(), run_id="nanogpt", rdzv_backend="c10d",
                        rdzv_endpoint=cfg.endpoint, max_restarts=0, logs_specs=DefaultLogsSpecs(log_dir=logs))
@@ -215,7 +217,8 @@ def launch(
         if code in (0, 2, -1) or restarts==cfg.max_restarts: break
         pause,restarts = min(60., cfg.wait_seconds*2**restarts),restarts+1
         say(f"{told}; starting again in {pause:g} s, restart {restarts} of {cfg.max_restarts}")
-    end = read_json(cfg.out/"exit.json") if cfg.out and (cfg.out/"exit.json").exists() else {}
+    ends = [*cfg.out.glob("exit.json"), *cfg.out.glob("*/exit.json")] if cfg.out else [] # a speedrun has two runs in its folder
+    end = read_json(max(ends, key=lambda p: p.stat().st_mtime)) if ends else {}
     if code not in (0, 2): say(f"{told}: {end.get('reason', 'not saved')} after step {end.get('step', '?')}; {restarts} restarts")
     if code==-1: code = int(end.get("reason") not in ("preempted", "done"))
     return 1 if code==-2 else code

@@ -65,7 +65,8 @@ def convert(
         return kind(value)
     except (ValueError, KeyError, TypeError):
         wanted = {int:"a whole number", float:"a number", bool:"true or false", str:"a text", Path:"a path"}.get(kind, kind.__name__)
-        raise ConfigError(f"--{name}={value!r} is not {wanted}", f"give --{name} {wanted}") from None
+        such = ", such as 500, 20K or 10B" if kind is int else ""
+        raise ConfigError(f"--{name}={value!r} is not {wanted}", f"give --{name} {wanted}{such}") from None
 
 # %% ../nbs/00a_settings.ipynb #78ee772e
 def nearest(

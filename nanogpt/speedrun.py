@@ -7,6 +7,7 @@ __all__ = ['RECIPES', 'Recipe', 'demo', 'real_small', 'SpeedrunConfig', 'sampler
            'card_text', 'speedrun']
 
 # %% ../nbs/40_speedrun.ipynb #d2b4592c
+import math
 import os
 import platform
 import time
@@ -16,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from .checkpoint import load_model
-from .core import ConfigError, peak_memory_bytes, read_json, read_log, say, write_json
+from .core import ConfigError, Dist, peak_memory_bytes, read_json, read_log, say, write_json
 from .corpus import conversation, parse_mix, rows
 from .evals import measure
 from .pretrain import TrainConfig, pretrain
@@ -45,6 +46,15 @@ def real_small():
 
 RECIPES = {"demo":demo, "real-small":real_small}
 
+def _shared(cfg, world):
+    "The same steps and the same measurements, with as many rows in a pass as each of `world` processes can take."
+    rows = cfg.batch_tokens//cfg.seq_len
+    if rows%world:
+        fewer = next(n for n in range(world, 0, -1) if rows%n==0)
+        raise ConfigError(f"{world} processes cannot share the {rows} rows of a step evenly", f"try {fewer}")
+    size = math.gcd(rows//world, cfg.micro_batch)
+    return replace(cfg, micro_batch=size, eval_batches=cfg.eval_batches*cfg.micro_batch//size)
+
 @dataclass(frozen=True, kw_only=True)
 class SpeedrunConfig:
     "From raw text to an assistant: pretrain, tune, measure, compare."
@@ -57,11 +67,15 @@ class SpeedrunConfig:
     json:bool = arg(False, "print the card as JSON instead of a table")
     def __post_init__(self):
         if self.limit<0: raise ConfigError(f"--limit={self.limit} leaves nothing to measure", "try --limit 200")
-    def plan(self)->Recipe:
-        "The recipe with this command's folder, seed and threads in both runs."
+    def plan(
+        self,
+        world:int=1, # processes, which share the rows of a step
+    )->Recipe:
+        "The recipe with this command's folder, seed and threads in both runs; raises ConfigError when a step cannot be shared evenly."
         r,mine = RECIPES[self.recipe](),dict(seed=self.seed, threads=self.threads, resume=self.resume)
-        base = replace(r.base, out=self.out/"base", **mine)
-        return replace(r, base=base, tuned=replace(r.tuned, out=self.out/"tuned", init=base.out, **mine), limit=self.limit or r.limit)
+        base = replace(_shared(r.base, world), out=self.out/"base", **mine)
+        tuned = replace(_shared(r.tuned, world), out=self.out/"tuned", init=base.out, **mine)
+        return replace(r, base=base, tuned=tuned, limit=self.limit or r.limit)
 
 SpeedrunConfig.presets = {k:(lambda k=k: SpeedrunConfig(recipe=k, out=Path("runs")/k)) for k in RECIPES}
 
@@ -111,7 +125,7 @@ def side_by_side(
 def _record(cfg, plan):
     "What is needed to make these numbers again."
     made = read_json(plan.base.out/"config.json")
-    same = {k:made[k] for k in ("commit","versions","threads","device","dtype")}
+    same = {k:made[k] for k in ("commit","versions","threads","world","device","dtype")}
     return dict(command=f"nanogpt speedrun --preset {cfg.recipe} --seed {cfg.seed}", date=time.strftime("%Y-%m-%d"),
                 machine=platform.machine(), cores=os.cpu_count(), **same)
 
@@ -176,15 +190,18 @@ def card_text(
 # %% ../nbs/40_speedrun.ipynb #75384ece
 def speedrun(
     cfg:SpeedrunConfig, # where, which recipe, which seed
-)->dict:                # the card
+    dist:Dist=None,     # the processes that train together; the main one measures
+)->dict:                # the card; empty in the other processes, and when the run was stopped
     "Pretrain, tune, measure, compare; stopped at any moment and started again, it goes on."
-    plan = cfg.plan()
+    dist,card = dist or Dist(),{}
+    plan,tell = cfg.plan(dist.world),say if dist.main else lambda text: None
     earlier = [read_log(run, "step")[-1:] for run in (plan.base.out, plan.tuned.out)]
     started = time.time()-sum(o["seconds"] for last in earlier for o in last)
-    say(f"1/3 pretraining on {plan.base.corpus} → {plan.base.out}")
+    tell(f"1/3 pretraining on {plan.base.corpus} → {plan.base.out}")
     knobs = SampleConfig(max_tokens=60, seed=cfg.seed)
-    if pretrain(plan.base, sampler(["One day,"], False, knobs))["reason"]!="done": return {}
-    say(f"2/3 tuning on conversations of {plan.tuned.corpus} → {plan.tuned.out}")
-    if tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs))["reason"]!="done": return {}
-    say("3/3 the same questions, before and after")
-    return make_card(cfg, started)
+    if pretrain(plan.base, sampler(["One day,"], False, knobs), dist)["reason"]!="done": return {}
+    tell(f"2/3 tuning on conversations of {plan.tuned.corpus} → {plan.tuned.out}")
+    if tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs), dist)["reason"]!="done": return {}
+    tell("3/3 the same questions, before and after")
+    dist.first(lambda: card.update(make_card(cfg, started))) # the others wait
+    return card

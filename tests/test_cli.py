@@ -77,6 +77,8 @@ def test_exit_codes(whole, tmp_path):
     assert run("ckpt", "latest", whole).stdout.strip()==str(whole/"ckpt/step-00000030")
     assert run("ckpt", "latest", tmp_path/"none", "--json", code=3).stdout==""
     for what in ("list", "verify"): assert here("ckpt", what, tmp_path/"none", "--json")==(3, "")
+    for what in ("list", "verify", "latest"):
+        assert f"there is no folder {tmp_path}/none" in run("ckpt", what, tmp_path/"none", code=3).stderr
     one_message(run("pretrain", "--sead", 3, code=2).stderr, "did you mean --seed?")
     for verb in ("speedrun", "pretrain"): # one never works in several processes, the other not without a place to meet
         one_message(run(verb, code=2, before="import os; os.environ['WORLD_SIZE']='2'").stderr, "WORLD_SIZE=2")

@@ -1,9 +1,10 @@
 "The whole line through the real command: stopped in either half and started again it tells the same, and the demo keeps its promise."
 import json
 import signal
+import subprocess
 
 import pytest
-from mini import end, numbers, reason, run, start, steps_done, wait
+from mini import command, end, environment, log, numbers, reason, run, start, steps_done, wait
 
 # A miniature takes the demo's place, so that everything else is the real code path.
 MINI = """
@@ -56,6 +57,32 @@ def test_stopped_in_both_halves(unbroken, tmp_path):
     for part in ("base", "tuned"): assert numbers(out/part)==numbers(unbroken[0]/part)
     assert got["seconds"]>=got["training_seconds"]
 
+LAUNCH = """
+import sys
+from pathlib import Path
+from nanogpt.dist import LaunchConfig, launch
+program = sys.argv[1]+"\\nimport sys\\nfrom nanogpt.cli import main\\nsys.exit(main(sys.argv[1:]))"
+sys.exit(launch(LaunchConfig(nproc=2, command=tuple(sys.argv[2:]), out=Path(sys.argv[4])), before=("-c", program)))
+"""
+
+def test_two_processes(unbroken, tmp_path):
+    "`launch -- speedrun`, stopped while tuning and typed again: it reads what one process reads, and one card is written, said by one."
+    one, out = unbroken[0], tmp_path/"two"
+    words = [*command()[:1], "-c", LAUNCH, MINI, *map(str, speedrun(out, "--json"))]
+    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment())
+    assert wait(p, lambda: steps_done(out/"tuned")>=4)
+    p.send_signal(signal.SIGTERM)
+    stdout, stderr = end(p)
+    assert stdout=="" and not (out/"card.json").exists() and stderr.count("1/3 pretraining")==1
+    assert stderr.count("the same command goes on from there")==1 and "SIGTERM came: preempted after step" in stderr, stderr
+    done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", env=environment(), timeout=200)
+    card = json.loads(done.stdout)
+    assert card==json.loads((out/"card.json").read_text(encoding="utf-8")) and done.stderr.count("3/3 the same questions")==1
+    assert card["record"]["world"]==2 and card["tokens"]==24*128+24*256 and len(card["samples"])==8
+    for part in ("base", "tuned"):
+        assert reason(out/part)=="done" and [o["ids_sha"] for o in log(out/part, "step")]==[o["ids_sha"] for o in log(one/part, "step")]
+        assert [o["n"] for o in log(out/part, "eval")]==[o["n"] for o in log(one/part, "eval")]
+
 def test_a_full_line_of_models_answers(unbroken):
     "What the speedrun leaves can be asked at once, with the words it prints."
     done = run("chat", "--terminal", "--model", unbroken[0]/"tuned", "--max_tokens", 5, "--threads", 1, input="Write a story.\n")
@@ -65,9 +92,6 @@ def test_a_full_line_of_models_answers(unbroken):
 @pytest.mark.timeout(3600)
 def test_demo_reaches_its_promise(tmp_path):
     "The real thing, with the default recipe: it cannot answer before, it answers nine of ten after, within 3 GB."
-    import subprocess
-
-    from mini import command, environment
     done = subprocess.run(command("speedrun", "--out", tmp_path/"demo"), capture_output=True, text=True, encoding="utf-8",
                           env=environment(OMP_NUM_THREADS="2")) # no time limit of its own
     assert done.returncode==0, done.stderr
