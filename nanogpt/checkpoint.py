@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['save_folder', 'verify', 'checkpoints', 'latest', 'prune', 'Saver', 'rng_state', 'set_rng_state', 'model_tensors',
-           'optimizer_tensors', 'load_optimizer', 'save_model', 'load_weights', 'find_model', 'load_model',
-           'model_tokenizer']
+           'optimizer_tensors', 'load_optimizer', 'save_tensors', 'save_model', 'load_weights', 'find_model',
+           'load_model', 'model_tokenizer']
 
 # %% ../nbs/10_checkpoint.ipynb #2c8e3eab
 import hashlib
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import CheckpointError, ConfigError, DiskError, Dist, NanoError, read_json, say, sync_folder, write_json
+from .core import CheckpointError, ConfigError, DiskError, Dist, DivergedError, NanoError, read_json, say, sync_folder, write_json
 from .hub import fetch, foreign, foreign_tokenizer, load_foreign
 from .model import GPT, GPTConfig
 from .settings import settings
@@ -58,8 +58,10 @@ def save_folder(
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as e: # safetensors has its own kind of error for a full disk
         if isinstance(e, NanoError): raise
-        why = "the disk is full" if "No space left" in str(e) else e
-        raise DiskError(f"{path} could not be saved: {why}", "free some space; earlier checkpoints are untouched") from e
+        full,why = "No space left" in str(e),getattr(e, "strerror", None) or e
+        fix = "free some space" if full else "make its folder writable"
+        what = f"{path} could not be saved: {'the disk is full' if full else why}"
+        raise DiskError(what, f"{fix}; earlier checkpoints are untouched") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/10_checkpoint.ipynb #55b890a3
@@ -184,6 +186,19 @@ def load_optimizer(
         p,slot = params[name.rpartition(".")[0]],name.rpartition(".")[2]
         owner[id(p)].state[p][slot] = v if slot=="step" else (dist or Dist()).part(v.to(p.device), p)
 
+# %% ../nbs/10_checkpoint.ipynb #7be1f3c2
+def save_tensors(
+    tensors:dict,       # name → tensor
+    path:Path,          # the .safetensors file to write
+    metadata:dict=None, # text → text, to stand at its head
+):
+    "Write tensors; raise DivergedError, naming the first that holds a number which is not finite."
+    for name,t in tensors.items():
+        if t.numel() and not torch.stack(t.aminmax()).isfinite().all(): # one pass and no copy; a sum could overflow
+            what = f"{name} holds numbers that are not finite: nothing was saved"
+            raise DivergedError(what, "go on from the last checkpoint with a lower --lr")
+    save_file(tensors, path, metadata=metadata)
+
 # %% ../nbs/10_checkpoint.ipynb #0a96d240
 def save_model(
     path:Path,     # the folder to make
@@ -193,7 +208,7 @@ def save_model(
 ):
     "Save weights, shape and tokenizer as one verified folder."
     def write(tmp):
-        save_file(tensors or model_tensors(model), tmp/"model.safetensors", metadata={"format":"pt"})
+        save_tensors(tensors or model_tensors(model), tmp/"model.safetensors", metadata={"format":"pt"})
         write_json(tmp/"config.json", dict(model_type="nanogpt", **settings(model.cfg)))
         tok.save(tmp/"tokenizer.json")
     save_folder(path, write)

@@ -18,25 +18,25 @@ import nanogpt
 
 from . import checkpoint as ck
 from .attention import KERNELS
-from .core import CheckpointError, ConfigError, Dist, NanoError, RunLog, peak_memory_bytes, read_json, say, seed, write_json
+from .core import CheckpointError, ConfigError, Dist, DivergedError, RunLog, peak_memory_bytes, read_json, say, seed, write_json
 from .data import Loader
 from .model import GPT, count
 from .settings import settings
 from .tokenizer import Tokenizer
-from .trainer import FitConfig, Trainer, kept_memory, pick_kernel, show_progress, stoppable
+from .trainer import SPIKE, WINDOW, FitConfig, Trainer, kept_memory, pick_kernel, show_progress, stoppable
 
 # %% ../nbs/11b_run.ipynb #b0864541
 def save_run(
     t:Trainer, # the run
 ):
     "Write a checkpoint of everything that moves, in every process, then prune old ones; it does not depend on how many there were."
-    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, best=t.best, loader=t.loader.state_dict(),
-                 rng=t.dist.gather(ck.rng_state()))
+    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, best=t.best, recent=t.recent,
+                 loader=t.loader.state_dict(), rng=t.dist.gather(ck.rng_state()))
     copy = (lambda o: {k:v.detach().to("cpu", copy=True) for k,v in o.items()}) if t.cfg.save_async else dict # the steps go on meanwhile
     weights,memory = (copy(t.dist.whole(o)) for o in (ck.model_tensors(t.model), ck.optimizer_tensors(t.model, t.opts)))
     def write(tmp):
-        ck.save_file(weights, tmp/"model.safetensors")
-        ck.save_file(memory, tmp/"optimizer.safetensors")
+        ck.save_tensors(weights, tmp/"model.safetensors")
+        ck.save_tensors(memory, tmp/"optimizer.safetensors")
         write_json(tmp/"state.json", state)
         write_json(tmp/"config.json", dict(model_type="nanogpt", **settings(t.model.cfg)))
         t.tok.save(tmp/"tokenizer.json")
@@ -56,7 +56,8 @@ def resume_run(
     ck.load_optimizer(t.model, t.opts, ck.load_file(path/"optimizer.safetensors"), t.dist)
     state = read_json(path/"state.json")
     t.loader.load_state_dict(state["loader"])
-    t.done,t.tokens,t.seconds,t.skipped,t.best = (state.get(k, []) for k in ("step","tokens","seconds","skipped","best"))
+    t.done,t.tokens,t.seconds,t.skipped = (state[k] for k in ("step","tokens","seconds","skipped"))
+    t.best,t.recent = state.get("best", []),state.get("recent", []) # older checkpoints know of neither
     saved = state["rng"] if isinstance(state["rng"], list) else [state["rng"]] # older checkpoints know of one process only
     if t.dist.rank<len(saved): ck.set_rng_state(saved[t.dist.rank])            # a process more than before keeps its fresh state
 
@@ -77,6 +78,13 @@ def check_fresh(
     if cfg.resume=="never" and ck.checkpoints(cfg.out):
         raise ConfigError(f"--out={cfg.out} holds checkpoints of an earlier run", "choose another --out, or --resume auto")
 
+def _rehearse(t):
+    "One pass for nothing: DDP groups the gradients anew after its first one, and with them the order of the sums."
+    with torch.random.fork_rng():
+        b = t.loader.read([0]*t.cfg.micro_batch).to(t.device.name)
+        t.loss(b.x, b.y, b.doc)[0].backward()
+    for opt in t.opts: opt.zero_grad(set_to_none=True)
+
 def _ready(t, old):
     "Choose the attention kernel (a resumed run keeps its own) and compile; returns the kernel and notes for the log."
     compiled = t.cfg.compile and t.device.compiles
@@ -88,6 +96,7 @@ def _ready(t, old):
     kernel = t.dist.gather(kernel)[0] # one choice for all processes
     for b in t.model.transformer.h: b.attn.kernel = KERNELS[kernel]
     if compiled: t.run = torch.compile(t._loss)
+    if t.dist.world>2 and t.cfg.parallel=="ddp": _rehearse(t)
     return kernel, notes
 
 def _changed(old, new):
@@ -111,7 +120,6 @@ def _begin(t):
     (out/"exit.json").unlink(missing_ok=True) # it told how the run ended before
     if found:
         notes.append(f"going on after step {t.done} of {t.steps}")
-        if dist.world>2: notes.append("more than two processes: the first step may add in another order, so the last digits may differ")
         names = ", ".join(_changed(old, new))
         if names: notes.append(f"changed since it was stopped, so the rest is not bit-equal to a run never stopped: {names}")
     log = RunLog(out, upto=t.done if found else None)
@@ -127,11 +135,17 @@ def _look(t, log):
     for o in (t.sample(t.model, t.tok) if log and t.sample else ()): log.write("sample", step=t.done, **o)
     t.model.train()
 
+def _remark(t, loss):
+    "What was unusual about the last step, in words."
+    if t.skipped: return f"step {t.done} was skipped, for its loss or gradient is not finite; {t.skipped} in a row, three stop the run"
+    if t.height>SPIKE: return f"step {t.done}: the loss {loss:.3f} is a spike, {t.height:.1f} standard deviations above the last {WINDOW}"
+
 def _loop(t, log, asked):
     cfg,due,ended = t.cfg,lambda every: every and t.done%every==0,False
     while t.done<t.steps and not ended:
         row = t.step()
         if log: log.write("step", **row)
+        if log and (text := _remark(t, row["loss"])): say("\n"+text); log.write("note", step=t.done, text=text)
         if t.skipped==3: return "diverged"
         if log: show_progress(row, t.steps)
         if due(cfg.eval_every) or t.done==t.steps: _look(t, log)
@@ -146,8 +160,9 @@ def _last_words(t, error):
     out,who = t.cfg.out,f"process {t.dist.rank}: " if t.dist.world>1 else ""
     if who and (out/"exit.json").exists(): return # the first process to fail has said why; the others only miss it
     full = any(getattr(e, "errno", None)==errno.ENOSPC or "No space left" in str(e) for e in (error, error.__cause__))
-    try: write_json(out/"exit.json", dict(reason="disk_full" if full else "error", step=t.done, error=f"{who}{error}"))
-    except OSError: say(f"{out}/exit.json could not be written either") # the disk is full: the error itself follows
+    reason = "disk_full" if full else "diverged" if isinstance(error, DivergedError) else "error"
+    try: write_json(out/"exit.json", dict(reason=reason, step=t.done, error=f"{who}{error}"))
+    except OSError: say(f"{out}/exit.json could not be written either") # a full or read-only disk: the error itself follows
 
 # %% ../nbs/11b_run.ipynb #388644eb
 def fit(
@@ -177,6 +192,6 @@ def fit(
         raise
     if log: write_json(cfg.out/"exit.json", end)
     if reason=="diverged":
-        raise NanoError(f"the loss or its gradient was not finite three times, last at step {t.done}", "try a lower --lr")
+        raise DivergedError(f"the loss or its gradient was not finite three times, last at step {t.done}", "try a lower --lr")
     speed = t.tokens/max(t.seconds, 1e-9)
     return dict(end, seconds=t.seconds, tokens=t.tokens, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())

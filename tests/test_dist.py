@@ -12,6 +12,8 @@ import pytest
 from mini import KEYS, PRETRAIN, SFT, copy, environment, log, one_message, reason, run, steps_done, wait
 
 from nanogpt.core import read_json
+from nanogpt.shard import write_shard
+from nanogpt.tokenizer import get_tokenizer
 
 ONE_STEP = ("--micro_batch", 2, "--batch_tokens", 256) # four passes of one process, two of each of two
 
@@ -181,6 +183,75 @@ def test_a_world_that_does_not_fit_is_refused(two, shards, tmp_path):
     out = cut_back(two, tmp_path/"run", 10)
     for _, err in group(3, *pretrain(shards, out, *ONE_STEP), code=2): assert "--batch_tokens=256 is not a multiple" in err and "192" in err
     assert numbers(out)==numbers(two[0])
+
+CUTS = """
+import os, shutil, sys
+from pathlib import Path
+import torch
+from nanogpt import run as runs
+from nanogpt.core import seed
+from nanogpt.data import Loader
+from nanogpt.dist import processes
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.shard import Shard
+from nanogpt.tokenizer import get_tokenizer
+from nanogpt.trainer import FitConfig
+
+home, parallel, width, world = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(os.environ["WORLD_SIZE"])
+tok, jobs = get_tokenizer(home), [o.split(":") for o in sys.argv[4:]] # name:cut:what is forgotten
+os.fsync = lambda handle: None # no power is cut here
+slips = dict(dice=lambda t: torch.manual_seed(5), place=lambda t: t.loader.load_state_dict(t.loader.state_dict() | dict(position=0)))
+old, rehearse = runs.resume_run, runs._rehearse
+
+def train(out, dist, start):
+    cfg = FitConfig(out=out, parallel=parallel, steps=14, warmup_steps=5, seq_len=16, micro_batch=2, batch_tokens=64*world, lr=1e-2,
+                    eval_every=4, eval_batches=5, save_every=1, keep=99, threads=1, compile=False, kernel="fused", dtype="float32",
+                    device="cpu")
+    seed(start)
+    model = GPT(GPTConfig(vocab_size=tok.n_vocab, block_size=16, n_layer=3, n_head=2, n_embd=width, dropout=.2))
+    rows = {k: Loader(Shard(home/f"{k}.bin", tok), 16, 2, 0, dist.rank, world) for k in ("train", "val")}
+    runs.fit(model, rows["train"], cfg, tok, rows["val"], dist=dist)
+
+with processes(FitConfig(parallel=parallel, device="cpu")) as dist:
+    train(home/"never", dist, 0)
+    for name, cut, slip in jobs:
+        out, point = home/name, f"ckpt/step-{int(cut):08d}"
+        if dist.main:
+            shutil.copytree(home/"never"/point, out/point)
+            for o in ("log.jsonl", "config.json"): shutil.copy(home/"never"/o, out)
+        dist.barrier()
+        def resume(t, path, slip=slip): old(t, path); slips.get(slip, lambda t: None)(t)
+        runs.resume_run, runs._rehearse = resume, (lambda t: None) if slip=="rehearsal" else rehearse
+        train(out, dist, 99)
+sys.exit(0)
+"""
+
+EDGE = 12 # steps in an epoch
+
+@pytest.mark.parametrize("world,parallel,width,cuts,slips", [
+    (2, "ddp", 16, (3, 8, EDGE), ("dice", "place")),
+    (3, "ddp", 128, (3, EDGE), ("rehearsal",)), # more than a megabyte: DDP sends its gradients in several parts
+    pytest.param(3, "fsdp", 16, (3, 8, EDGE), ("dice",), marks=pytest.mark.long)])
+def test_cut_anywhere(world, parallel, width, cuts, slips, shards, tmp_path):
+    "Stopped in the warm-up, mid-epoch and at an epoch's edge, with dropout and two passes a step: equal to the last bit; a slip is seen."
+    tok = get_tokenizer(shards)
+    for name, rows in (("train", EDGE*4*world), ("val", 7)):
+        write_shard(tmp_path/f"{name}.bin", [[k*k%23 for k in range(rows*16+1)]], tok.fingerprint, tok.n_vocab)
+    tok.save(tmp_path/"tokenizer.json")
+    jobs = [f"cut{n}:{n}:" for n in cuts]+[f"{o}:3:{o}" for o in slips]
+    said = group(world, tmp_path, parallel, width, *jobs, before=CUTS)
+    never = tmp_path/"never"
+    place = read_json(never/f"ckpt/step-{EDGE:08d}/state.json")["loader"]
+    assert place["position"]==place["windows"] and log(never, "step")[2]["lr"]<log(never, "step")[4]["lr"]==1e-2
+    def story(out, cut):
+        states = [read_json(p/"state.json") | dict(seconds=0) for p in sorted((out/"ckpt").glob("step-*")) if int(p.name[5:])>cut]
+        looks = [(o["step"], o["val_loss"], o["n"]) for o in log(out, "eval")]
+        return numbers(out), looks, states, (out/"model/model.safetensors").read_bytes()
+    for n in cuts: assert story(tmp_path/f"cut{n}", n)==story(never, n), n
+    assert len(story(never, 0)[1])==4 and said[0][1].count("going on after step")==len(jobs) and "not bit-equal" not in said[0][1]
+    for o in slips:
+        got, want = numbers(tmp_path/o), numbers(never)
+        assert got[:3]==want[:3] and got[3:]!=want[3:], f"{o} was forgotten, and nothing shows it"
 
 POISON = """
 import os, nanogpt.trainer as t

@@ -1,4 +1,5 @@
 "What happens to a run from outside: signals, kill -9 at any moment, damaged files, a full disk. Going on must equal never having stopped."
+import json
 import os
 import random
 import shutil
@@ -96,6 +97,17 @@ def test_a_second_sigterm_leaves_at_once(shards, tmp_path):
     p.send_signal(signal.SIGTERM)
     end(p, 128+signal.SIGTERM)
     assert not log(out, "step") and not (out/"exit.json").exists() and not checkpoints(out)
+
+def test_ctrl_c_is_heard_too(shards, tmp_path):
+    "SIGINT does what SIGTERM does: one more step, saved, the reason written, and gone within ten seconds."
+    out = tmp_path/"run"
+    p = start(*pretrain(shards, out, "--steps", 100_000, "--eval_every", 0, "--save_every", 0))
+    assert wait(p, lambda: steps_done(out)>=5)
+    asked = time.time()
+    p.send_signal(signal.SIGINT)
+    end(p)
+    n = steps_done(out)
+    assert time.time()-asked<10 and reason(out)=="preempted" and checkpoints(out)==[f"step-{n:08d}"] and len(log(out, "step"))==n
 
 # ---- SIGKILL ---------------------------------------------------------------------------------------------------------
 
@@ -296,3 +308,46 @@ def test_data_for_which_there_is_no_room(shards, disk):
     done = run("data", "--corpus", "tales", "--tokens", 60_000, "--tokenizer", shards, "--out", where/"d", code=2)
     one_message(done.stderr, "could not be written")
     assert not tree(where)
+
+# ---- a read-only disk ------------------------------------------------------------------------------------------------
+
+LOCKS = """
+import subprocess
+from nanogpt import run as runs
+old = runs.save_run
+def save(t):
+    if t.done==15:
+        for words in {commands!r}: subprocess.run(["mount", *words], check=True)
+    old(t)
+runs.save_run = save
+"""
+
+def test_the_disk_becomes_read_only(whole, shards, disk):
+    "At the third save the disk may only be read: the reason is on stderr, the earlier two are whole; writable again, the run goes on."
+    where = disk("20m")
+    out = where/"run"
+    done = run(*pretrain(shards, out), code=2, before=LOCKS.format(commands=[["-o", "remount,ro", str(where)]]))
+    one_message(done.stderr, "step-00000015 could not be saved: Read-only file system", "earlier checkpoints are untouched")
+    assert f"{out}/exit.json could not be written either" in done.stderr and not (out/"exit.json").exists()
+    for name in ("step-00000005", "step-00000010"): assert here("ckpt", "verify", out/"ckpt"/name)[0]==0
+    assert checkpoints(out)==["step-00000005", "step-00000010"] and not left_over(out) and steps_done(out)==15
+    one_message(run(*pretrain(shards, out), code=2).stderr, "Read-only file system") # and who tries again is told again
+    subprocess.run(["mount", "-o", "remount,rw", where], check=True)
+    run(*pretrain(shards, out))
+    same(out, whole)
+
+def test_the_checkpoints_become_read_only(whole, shards, disk):
+    "Only the folder of the checkpoints is locked: then exit.json can be written, and it holds the reason."
+    where = disk("20m")
+    out = where/"run"
+    folder = str(out/"ckpt")
+    lock = LOCKS.format(commands=[["--bind", folder, folder], ["-o", "remount,ro,bind", folder]])
+    try:
+        one_message(run(*pretrain(shards, out), code=2, before=lock).stderr, "step-00000015 could not be saved: Read-only file system")
+        ended = json.loads((out/"exit.json").read_text())
+        assert ended["reason"]=="error" and ended["step"]==15 and "Read-only file system" in ended["error"]
+        assert checkpoints(out)==["step-00000005", "step-00000010"] and not left_over(out)
+        for name in checkpoints(out): assert here("ckpt", "verify", out/"ckpt"/name)[0]==0
+    finally: subprocess.run(["umount", "-l", folder], capture_output=True)
+    run(*pretrain(shards, out))
+    same(out, whole)
