@@ -38,6 +38,7 @@ VERBS = {
     "bench generate": ("bench.BenchConfig", "run_bench_generate", "speed of generation"),
     "bench race": ("race.RaceConfig", "race.run_race", "speed of training beside nanoGPT"),
     "bench data": ("bench.DataBenchConfig", "run_bench_data", "speed of tokenising a corpus"),
+    "bench memory": ("footprint.MemoryConfig", "run_bench_memory", "the memory that a pretraining will take, and whether it fits"),
     "course list": ("study.CourseConfig", "study.course_list", "every exercise of the course"),
     "course start": ("study.CourseConfig", "study.course_start", "a learner's own copy of the lessons, in a folder"),
     "course update": ("study.CourseConfig", "study.course_update", "new lessons, keeping every cell the learner changed"),

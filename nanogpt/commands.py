@@ -6,7 +6,7 @@
 __all__ = ['show', 'GenerateConfig', 'is_tuned', 'run_generate', 'ChatConfig', 'run_chat', 'TokenizerConfig', 'run_tokenizer',
            'DataConfig', 'run_data', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest', 'ExportConfig',
            'run_export', 'run_pretrain', 'run_sft', 'run_launch', 'run_eval', 'run_speedrun', 'run_bench_train',
-           'run_bench_generate', 'run_bench_data']
+           'run_bench_generate', 'run_bench_data', 'run_bench_memory']
 
 # %% ../nbs/40a_commands.ipynb #687f82b2
 import json
@@ -292,3 +292,12 @@ def run_bench_data(
     "Tokens per second of the shards' making."
     row = bench_data(cfg)
     show(row, bench_text(row), cfg.json)
+
+def run_bench_memory(
+    cfg, # a MemoryConfig
+)->int:  # exit code: 3 where it does not fit
+    "How much memory a pretraining will take, and whether it is there."
+    from nanogpt.footprint import footprint, footprint_text
+    row = footprint(cfg)
+    show(row, footprint_text(row), cfg.json)
+    return 0 if row["fits"] else 3

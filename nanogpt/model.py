@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .attention import NoPast, fused
 from .core import ConfigError, ShapeError
@@ -184,7 +185,7 @@ class GPT(nn.Module):
         cfg:GPTConfig, # the shape of the model
     ):
         super().__init__()
-        self.cfg = cfg
+        self.cfg,self.recompute = cfg,False # True: blocks keep their input alone, and work twice
         t = dict(wte=nn.Embedding(cfg.vocab_size, cfg.n_embd), h=nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layer)),
                  drop=nn.Dropout(cfg.dropout), ln_f=make_norm(cfg))
         if cfg.position=="learned": t["wpe"] = nn.Embedding(cfg.block_size, cfg.n_embd)
@@ -210,7 +211,8 @@ class GPT(nn.Module):
         learned = self.cfg.position=="learned"
         x = t.drop(t.wte(idx)+t.wpe(at) if learned else t.wte(idx))
         turn = None if learned else turns(at, self.cfg.head_width, self.cfg.rotary_share, self.cfg.rotary_base)
-        for block in t.h: x = block(x, past, turn)
+        again = self.recompute and self.training and torch.is_grad_enabled()
+        for block in t.h: x = checkpoint(block, x, past, turn, use_reentrant=False) if again else block(x, past, turn)
         return t.ln_f(x)
     def forward(
         self,

@@ -10,6 +10,7 @@ import errno
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,8 +19,11 @@ import nanogpt
 
 from . import checkpoint as ck
 from .attention import KERNELS
-from .core import CheckpointError, ConfigError, Dist, DivergedError, RunLog, peak_memory_bytes, read_json, say, seed, write_json
+from nanogpt.core import (
+    CheckpointError, ConfigError, Dist, DivergedError, RunLog, peak_memory_bytes, pick_device, read_json, say, seed, write_json,
+)
 from .data import Loader
+from .memory import check_memory, give_back, process_bytes
 from .model import GPT, count
 from .settings import settings
 from .tokenizer import Tokenizer
@@ -164,6 +168,17 @@ def _last_words(t, error):
     try: write_json(out/"exit.json", dict(reason=reason, step=t.done, error=f"{who}{error}"))
     except OSError: say(f"{out}/exit.json could not be written either") # a full or read-only disk: the error itself follows
 
+# %% ../nbs/11b_run.ipynb #6d5e0b11
+def _room(model, loader, cfg, dist):
+    "Refuse a run that cannot fit into memory, before anything is allocated for it."
+    device = pick_device(cfg.device, cfg.dtype)
+    if cfg.recompute and device.name=="cpu": give_back()
+    there = sum(p.nbytes for p in model.parameters()) if device.name=="cpu" else 0 # counted as weights
+    packed = float(loader.rows.docs) if loader.shard.mask is None else float(loader.shard.mask[:].mean())
+    def look():
+        if note := check_memory(cfg, model.cfg, device, dist.world, packed, process_bytes(device)-there): say(note)
+    dist.first(look)
+
 # %% ../nbs/11b_run.ipynb #388644eb
 def fit(
     model:GPT,            # to be trained, changed in place
@@ -176,11 +191,12 @@ def fit(
 )->dict:                  # reason, step, and the run's totals
     "Train until the last step or a signal; resumed with the same settings, the rest equals a run never stopped, bit for bit."
     if cfg.threads: torch.set_num_threads(cfg.threads)
+    _room(model, loader, cfg, dist or Dist())
     t = Trainer(model, loader, cfg, tok, val, sample, dist)
     log = _begin(t) # what it refuses leaves the folder as it was
     try:
         model.train()
-        with kept_memory(), stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
+        with nullcontext() if cfg.recompute else kept_memory(), stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
         t.dist.first(t.saver.wait)
         end = dict(reason=reason, step=t.done, error=None)
         if reason=="done":

@@ -63,6 +63,7 @@ class FitConfig:
     dtype:str = arg("auto", "numbers of the matrix products", choices=("auto", "float32", "bfloat16"))
     compile:bool = arg(True, "compile the model: about a minute first, then faster steps")
     kernel:str = arg("auto", "attention kernel; auto measures both once", choices=("auto", *KERNELS))
+    recompute:bool = arg(False, "compute what a block did again instead of keeping it: less memory, about a third more work")
 
     def __post_init__(self):
         positive = "seq_len micro_batch batch_tokens clip lr muon_lr epochs eval_batches".split()
@@ -206,7 +207,7 @@ class Trainer:
     ):
         self.cfg,self.tok,self.val,self.sample,self.dist = cfg,tok,val,sample,dist or Dist()
         self.device = pick_device(cfg.device, cfg.dtype)
-        self.model,self.loader = model.to(self.device.name),loader
+        self.model,self.loader,model.recompute = model.to(self.device.name),loader,cfg.recompute
         self.run = self._loss # may be compiled later
         self.loss = self.dist.wrap(self.model, lambda *batch: self.run(*batch)) # before the optimisers: it may cut the weights
         self.accum = cfg.accum(self.dist.world)
