@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'best_seconds', 'peak_flops', 'BenchConfig', 'whole_step', 'bench_train', 'bench_generate', 'bench_text',
-           'DataBenchConfig', 'bench_data']
+           'DataBenchConfig', 'bench_data', 'run_train', 'run_generate', 'run_data']
 
 # %% ../nbs/39_bench.ipynb #044f9b15
 import json
@@ -29,7 +29,7 @@ from .crew import cores, crew, in_order
 from .model import GPT, PRESETS, GPTConfig, flops
 from .optim import optimizers
 from .pieces import BulkConfig
-from .settings import arg
+from .settings import arg, show
 from .tokenizer import get_tokenizer
 from .trainer import kept_memory, pick_kernel
 
@@ -220,3 +220,22 @@ def bench_data(
     return dict(cores=n, tokens=tokens, megabytes=cfg.megabytes, seconds=seconds, tokens_per_second=tokens/seconds,
                 single_tokens_per_second=encoded/alone, ratio=encoded/seconds/(n*encoded/alone), bare_tokens_per_second=encoded/many,
                 bare_ratio=many/seconds, start_seconds=ready, machine=platform.machine())
+
+# %% ../nbs/39_bench.ipynb #0201c521
+def run_train(
+    cfg:BenchConfig, # what to measure
+):
+    "The verb `bench train`."
+    show(row := bench_train(cfg), bench_text(row), cfg.json)
+
+def run_generate(
+    cfg:BenchConfig, # what to measure
+):
+    "The verb `bench generate`."
+    show(row := bench_generate(cfg), bench_text(row), cfg.json)
+
+def run_data(
+    cfg:DataBenchConfig, # what to measure
+):
+    "The verb `bench data`."
+    show(row := bench_data(cfg), bench_text(row), cfg.json)

@@ -19,7 +19,7 @@ import torch
 from .bench import SHAPES, BenchConfig, bench_train, peak_flops, whole_step
 from .core import ConfigError, NanoError, pick_device, say
 from .model import GPTConfig
-from .settings import arg
+from .settings import arg, show
 
 # %% ../nbs/39c_race.ipynb #d79806ad
 RECIPES = {"compiled": "its best: compiled, in the fast numbers", "documented": "as its README says for a CPU: float32, not compiled"}
@@ -127,5 +127,5 @@ def run_race(
     rows = []
     for name in cfg.shapes.split(","):
         rows.append(race(cfg, name))
-        if cfg.json: print(json.dumps(rows[-1]), flush=True)
+        if cfg.json: show(rows[-1], "", True)
     if not cfg.json: print(race_text(rows))

@@ -19,9 +19,7 @@ import nanogpt
 
 from . import checkpoint as ck
 from .attention import KERNELS
-from nanogpt.core import (
-    CheckpointError, ConfigError, Dist, DivergedError, RunLog, peak_memory_bytes, pick_device, read_json, say, seed, write_json,
-)
+from .core import CheckpointError, ConfigError, Dist, DivergedError, RunLog, peak_memory_bytes, read_json, say, seed, write_json
 from .data import Loader
 from .memory import check_memory, give_back, process_bytes
 from .model import GPT, count
@@ -169,15 +167,14 @@ def _last_words(t, error):
     except OSError: say(f"{out}/exit.json could not be written either") # a full or read-only disk: the error itself follows
 
 # %% ../nbs/11b_run.ipynb #6d5e0b11
-def _room(model, loader, cfg, dist):
-    "Refuse a run that cannot fit into memory, before anything is allocated for it."
-    device = pick_device(cfg.device, cfg.dtype)
-    if cfg.recompute and device.name=="cpu": give_back()
-    there = sum(p.nbytes for p in model.parameters()) if device.name=="cpu" else 0 # counted as weights
-    packed = float(loader.rows.docs) if loader.shard.mask is None else float(loader.shard.mask[:].mean())
+def _room(t):
+    "Refuse a run that cannot fit into memory, before its first step."
+    if t.cfg.recompute and t.device.name=="cpu": give_back()
+    there = sum(getattr(p, "to_local", lambda: p)().nbytes for p in t.model.parameters())   # noqa: B023 - called at once; counted as weights
+    packed = float(t.loader.rows.docs) if t.loader.shard.mask is None else float(t.loader.shard.mask[:].mean())
     def look():
-        if note := check_memory(cfg, model.cfg, device, dist.world, packed, process_bytes(device)-there): say(note)
-    dist.first(look)
+        if note := check_memory(t.cfg, t.model.cfg, t.device, t.dist.world, packed, process_bytes(t.device)-there): say(note)
+    t.dist.first(look)
 
 # %% ../nbs/11b_run.ipynb #388644eb
 def fit(
@@ -191,8 +188,8 @@ def fit(
 )->dict:                  # reason, step, and the run's totals
     "Train until the last step or a signal; resumed with the same settings, the rest equals a run never stopped, bit for bit."
     if cfg.threads: torch.set_num_threads(cfg.threads)
-    _room(model, loader, cfg, dist or Dist())
     t = Trainer(model, loader, cfg, tok, val, sample, dist)
+    _room(t)
     log = _begin(t) # what it refuses leaves the folder as it was
     try:
         model.train()

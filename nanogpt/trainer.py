@@ -133,16 +133,13 @@ def pick_kernel(
 # %% ../nbs/11a_trainer.ipynb #ed49ea13
 @contextmanager
 def kept_memory():
-    "What the main thread frees stays with the process until the end; does nothing where the C library is not GNU's. Source: mallopt(3)."
+    "Pieces below 32 MB that the main thread frees stay with the process, where the C library is GNU's. Source: mallopt(3)."
     try: libc = ctypes.CDLL("libc.so.6")
     except OSError: libc = None
-    def ask(mmaps, trim):
-        if libc: libc.mallopt(-4, mmaps); libc.mallopt(-1, trim)   # M_MMAP_MAX: pieces straight from the kernel; M_TRIM_THRESHOLD
-    ask(0, 2**31-1)
+    if libc: libc.mallopt(-3, 2**25); libc.mallopt(-1, 2**31-1)    # M_MMAP_THRESHOLD: 32 MB is the most it takes; M_TRIM_THRESHOLD
     try: yield
     finally:
-        ask(65_536, 2**26)                                         # nearly as it was
-        if libc: libc.malloc_trim(0)
+        if libc: libc.mallopt(-1, 2**26); libc.malloc_trim(0)
 
 # %% ../nbs/11a_trainer.ipynb #c3e5b420
 def _clock(seconds): return f"{int(seconds)//60}:{int(seconds)%60:02d}"
