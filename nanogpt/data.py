@@ -110,8 +110,7 @@ class Packed:
         for j,c in enumerate(self.members[k]):
             a,m = self.rows[c]
             n = min(len(a), T+1-at)
-            ids[at:at+n],keep[at+1:at+n],doc[at:at+n] = a[:n],m[1:n],j
-            at += n
+            ids[at:at+n],keep[at+1:at+n],doc[at:at+n],at = a[:n],m[1:n],j,at+n
         return ids[:-1], np.where(keep[1:], ids[1:], -100), doc[:-1]
     def told(self):
         "In words: how many rows, how full, and what was cut or dropped."
@@ -156,14 +155,16 @@ class Loader:
         world:int=1,         # how many processes share the order
         shuffle:bool=True,   # False: the order of the file, every epoch
         docs:bool=False,     # number the documents of running text too (packed rows always are)
+        rows=None,           # a list of rows made in another way
     ):
         if not 0<=rank<world: raise ConfigError(f"rank={rank} is not below world={world}", "ranks count from 0")
         if min(seq_len, batch)<1: raise ConfigError(f"seq_len={seq_len} and batch={batch} must not be below 1", "try seq_len=256 batch=8")
-        self.rows = Windows(shard, seq_len, docs) if shard.mask is None else Packed(shard, seq_len)
-        if rank==0 and shard.mask is not None: say(f"{shard.path.name}: {self.rows.told()}")
+        self.rows = rows or (Windows(shard, seq_len, docs) if shard.mask is None else Packed(shard, seq_len))
         self.shard,self.batch,self.rank,self.world,self.position = shard,batch,rank,world,0
         self.fixed = dict(seed=seed, shuffle=shuffle, seq_len=seq_len, windows=len(self.rows), data=shard.header.sha)
         self._order = lru_cache(2)(self._shuffled)
+        if rank==0 and (told := self.told()): say(f"{shard.path.name}: {told}")
+    def told(self): "What was packed, cut or dropped; empty for running text."; return getattr(self.rows, "told", str)()
     def _shuffled(self, epoch):
         if not self.fixed["shuffle"]: return np.arange(self.windows)
         # RandomState, because its numbers are frozen for ever; those of default_rng may change with NumPy

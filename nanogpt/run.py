@@ -32,7 +32,7 @@ def save_run(
     t:Trainer, # the run
 ):
     "Write a checkpoint of everything that moves, in every process, then prune old ones; it does not depend on how many there were."
-    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, best=t.best, recent=t.recent,
+    state = dict(step=t.done, tokens=t.tokens, seconds=t.seconds, skipped=t.skipped, best=t.best, waited=t.waited, recent=t.recent,
                  loader=t.loader.state_dict(), rng=t.dist.gather(ck.rng_state()))
     copy = (lambda o: {k:v.detach().to("cpu", copy=True) for k,v in o.items()}) if t.cfg.save_async else dict # the steps go on meanwhile
     weights,memory = (copy(t.dist.whole(o)) for o in (ck.model_tensors(t.model), ck.optimizer_tensors(t.model, t.opts)))
@@ -59,7 +59,7 @@ def resume_run(
     state = read_json(path/"state.json")
     t.loader.load_state_dict(state["loader"])
     t.done,t.tokens,t.seconds,t.skipped = (state[k] for k in ("step","tokens","seconds","skipped"))
-    t.best,t.recent = state.get("best", []),state.get("recent", []) # older checkpoints know of neither
+    t.best,t.recent,t.waited = state.get("best", []),state.get("recent", []),state.get("waited", 0) # older checkpoints know of none
     saved = state["rng"] if isinstance(state["rng"], list) else [state["rng"]] # older checkpoints know of one process only
     if t.dist.rank<len(saved): ck.set_rng_state(saved[t.dist.rank])            # a process more than before keeps its fresh state
 
@@ -103,7 +103,7 @@ def _ready(t, old):
 
 def _changed(old, new):
     "The names of everything that differs from the run that was stopped and could change its numbers."
-    free = {"out", "resume", "eval_every", "eval_batches", "save_every", "save_async", "keep"}
+    free = {"out", "resume", "eval_every", "eval_batches", "patience", "save_every", "save_async", "keep"}
     names = [k for k,v in new["settings"].items() if k not in free and old["settings"].get(k, v)!=v] # a younger setting is no news
     return names + [k for k in ("threads", "world", "versions", "device", "dtype", "data") if old.get(k)!=new[k]]
 
@@ -126,6 +126,7 @@ def _begin(t):
         if names: notes.append(f"changed since it was stopped, so the rest is not bit-equal to a run never stopped: {names}")
     log = RunLog(out, upto=t.done if found else None)
     for text in notes: say(text); log.write("note", step=t.done, text=text)
+    for told in filter(None, (o and o.told() for o in (t.loader, t.val))): log.write("note", step=t.done, text=told) # said already
     write_json(out/"config.json", new)
     t.tok.save(out/"tokenizer.json")
     return log
@@ -133,6 +134,7 @@ def _begin(t):
 # %% ../nbs/11b_run.ipynb #15cbfdda
 def _look(t, log):
     row = t.evaluate() if t.val is not None else {} # every process measures its share
+    if row and t.cfg.patience: t.waited = 0 if t.best[1:]==[t.done] else t.waited+1
     if log and row: log.write("eval", **row); say(f"\nstep {t.done}: validation loss {row['val_loss']:.3f}")
     for o in (t.sample(t.model, t.tok) if log and t.sample else ()): log.write("sample", step=t.done, **o)
     t.model.train()
@@ -144,7 +146,8 @@ def _remark(t, loss):
 
 def _loop(t, log, asked):
     cfg,due,ended = t.cfg,lambda every: every and t.done%every==0,False
-    while t.done<t.steps and not ended:
+    enough = lambda: 0<cfg.patience<=t.waited # also of a run that is asked again
+    while t.done<t.steps and not ended and not enough():
         row = t.step()
         if log: log.write("step", **row)
         if log and (text := _remark(t, row["loss"])): say("\n"+text); log.write("note", step=t.done, text=text)
@@ -152,10 +155,21 @@ def _loop(t, log, asked):
         if log: show_progress(row, t.steps)
         if due(cfg.eval_every) or t.done==t.steps: _look(t, log)
         ended = t.dist.sum(torch.tensor(int(asked()))).item()>0 # whichever process is asked, all leave after the same step
-        if not (due(cfg.save_every) or ended or t.done==t.steps): continue
+        if not (due(cfg.save_every) or ended or t.done==t.steps or enough() or t.best[1:]==[t.done]): continue
         save_run(t)
         if log: log.write("save", step=t.done)
-    return "done" if t.done==t.steps else "preempted"
+    return "done" if t.done==t.steps or enough() else "preempted"
+
+# %% ../nbs/11b_run.ipynb #5ea90d30
+def _take_best(t, log):
+    "With patience the result is the model whose validation loss was the lowest, and not the last one."
+    best,step = t.best
+    text = f"The model is that of step {step}, whose validation loss of {best:.4f} was the lowest"
+    early = f"stopped early, after step {t.done} of {t.steps}: {t.waited} evaluations without a lower validation loss"
+    if t.done<t.steps: text = f"{early}. {text}"
+    ck.verify(path := t.cfg.out/f"ckpt/step-{step:08d}")
+    ck.load_weights(t.model, path/"model.safetensors", t.dist)
+    if log: say(text); log.write("note", step=t.done, text=text)
 
 # %% ../nbs/11b_run.ipynb #388644ec
 def _last_words(t, error):
@@ -197,6 +211,7 @@ def fit(
         t.dist.first(t.saver.wait)
         end = dict(reason=reason, step=t.done, error=None)
         if reason=="done":
+            if cfg.patience and t.best: _take_best(t, log)
             weights = t.dist.whole(ck.model_tensors(model.eval()))
             t.dist.first(lambda: ck.save_model(cfg.out/"model", model, tok, weights))
         if log: log.write("note", text=reason, step=t.done, seconds=t.seconds, tokens=t.tokens, peak_memory_bytes=peak_memory_bytes())

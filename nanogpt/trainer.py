@@ -54,6 +54,7 @@ class FitConfig:
     clip:float = arg(1., "longest gradient allowed, as a norm")
     eval_every:int = arg(100, "steps between evaluations; 0: only at the end")
     eval_batches:int = arg(20, "batches of held-out text in an evaluation")
+    patience:int = arg(0, "stop after so many evaluations without a lower validation loss, and take the best model; 0: never")
     save_every:int = arg(500, "steps between checkpoints; 0: only at the end")
     save_async:bool = arg(False, "write checkpoints beside the training: the same bytes, for a copy of the weights in memory")
     keep:int = arg(3, "newest checkpoints to keep, at least 2; the best one that was measured when it was saved stays too")
@@ -68,11 +69,12 @@ class FitConfig:
     def __post_init__(self):
         positive = "seq_len micro_batch batch_tokens clip lr muon_lr epochs eval_batches".split()
         wrong = [k for k in positive if not 0<getattr(self, k)<math.inf]           # NaN is in no interval
-        least_zero = "steps eval_every save_every warmup_steps threads weight_decay floor".split()
+        least_zero = "steps eval_every patience save_every warmup_steps threads weight_decay floor".split()
         wrong += [k for k in least_zero if not 0<=getattr(self, k)<math.inf]
         if not 0<=self.seed<2**32: wrong.append("seed")
         if wrong: raise ConfigError(f"--{wrong[0]}={getattr(self, wrong[0])} is out of range", f"give --{wrong[0]} a value above zero")
         if self.out.is_file(): raise ConfigError(f"--out={self.out} is a file", "choose the name of a folder")
+        if self.patience and not self.eval_every: raise ConfigError("--patience needs evaluations: --eval_every=0", "try --eval_every 100")
         if self.keep<2: raise ConfigError(f"--keep={self.keep} would leave no second checkpoint", "try --keep 2")
         if (self.parallel, self.optimizer)==("fsdp", "muon"): # a process that holds some rows of a matrix cannot orthogonalise it
             raise ConfigError("--parallel=fsdp cuts the matrices that --optimizer=muon wants whole", "try --optimizer adamw")
@@ -183,11 +185,12 @@ def spike_height(
 
 # %% ../nbs/11a_trainer.ipynb #cf2386cf
 def _sha(batches, dist):
-    "One number for all rows of a step, in whatever order and process they were read: the sum of a hash of each."
+    "One number for all rows of a step, in whatever order and process they were read: a sum of hashes. And how many ids."
     rows = [hashlib.sha256(row.tobytes()).digest()[:8] for b in batches for row in b.x.cpu().numpy()]
     total = sum(int.from_bytes(o, "little", signed=True) for o in rows)
     total = (total+2**63)%2**64-2**63                       # what 64 bits hold of it, as the sum over processes does too
-    return f"{dist.sum(torch.tensor(total)).item()%2**64:016x}"
+    total,ids = dist.sum(torch.tensor([total, sum(b.x.numel() for b in batches)])).tolist()
+    return f"{total%2**64:016x}", ids
 
 # %% ../nbs/11a_trainer.ipynb #cf2386d0
 class Trainer:
@@ -212,12 +215,12 @@ class Trainer:
         self.opts = optimizers(self.model, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
         self.schedule = Schedule(self.steps, cfg.warmup_steps, cfg.floor, cfg.schedule)
         self.done,self.tokens,self.seconds,self.skipped,self.saver = 0,0,0.,0,Saver(cfg.save_async)
-        self.best,self.recent,self.height = [],[],0. # lowest saved validation loss, and where; last losses, and how far this one is above
+        self.best,self.waited,self.recent,self.height = [],0,[],0. # lowest saved validation loss, where; looks since; last losses, leap
     def _loss(self, x, y, doc):
         with self.device.autocast(): return self.model.loss(x, y, None if doc is None else Documents(doc))
     def step(self)->dict: # the step's line of the log
         "One optimiser step over all its micro-batches; a gradient that is not finite changes nothing."
-        start,lr,tokens = time.perf_counter(),self.schedule.at(self.done),self.cfg.batch_tokens
+        start,lr = time.perf_counter(),self.schedule.at(self.done)
         batches = [self.loader.next().to(self.device.name) for _ in range(self.accum)]
         n = self.dist.sum(sum((b.y!=-100).sum() for b in batches)).clamp(min=1); total = 0.
         for k,b in enumerate(batches, 1):
@@ -234,10 +237,10 @@ class Trainer:
             for g in opt.param_groups: g["lr"] = g["peak"]*lr
             if good: opt.step()
             opt.zero_grad(set_to_none=True)
-        self.done += 1; self.tokens += tokens
-        seconds = time.perf_counter()-start; self.seconds += seconds
+        seconds,(sha,ids) = time.perf_counter()-start,_sha(batches, self.dist)
+        self.done += 1; self.tokens += ids; self.seconds += seconds # ids: batch_tokens, or fewer where rows are shorter
         return dict(step=self.done, loss=total, loss_hex=total.hex(), grad_norm=norm, lr=self.cfg.lr*lr, tokens=self.tokens,
-                    ids_sha=_sha(batches, self.dist), skipped=self.skipped, seconds=self.seconds, tokens_per_second=tokens/seconds)
+                    ids_sha=sha, skipped=self.skipped, seconds=self.seconds, tokens_per_second=ids/seconds)
     @torch.no_grad()
     def evaluate(self)->dict: # the evaluation's line of the log
         "Mean loss in nats per target over the first batches of held-out text, always the same ones."
@@ -249,6 +252,6 @@ class Trainer:
             loss,k = self._loss(b.x, b.y, b.doc)
             total += loss; n += k
         self.model.train(); total,n = self.dist.sum(total).item(),self.dist.sum(n).item()
-        now,every = [total/n, self.done],self.cfg.save_every
-        if every and self.done%every==0 and math.isfinite(total/n): self.best = min(self.best or now, now)
+        now,due = [total/n, self.done],self.cfg.patience or (self.cfg.save_every and self.done%self.cfg.save_every==0)
+        if due and math.isfinite(total/n): self.best = min(self.best or now, now) # with patience, the best is saved whenever it comes
         return dict(step=self.done, val_loss=total/n, n=int(n))
