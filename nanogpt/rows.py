@@ -122,13 +122,12 @@ def csv_rows(
     columns:tuple, # that must be there
 )->list:           # (place, dict, or the reason why it is none)
     "The rows of a CSV with commas, semicolons or tabs; the first line names the columns. Raises DataError for wrong headers or quotes."
-    rows,old,reader = [],csv.field_size_limit(max(len(text), 1<<17)),None # how long a text may be is not decided here
+    rows,at,old = [],1,csv.field_size_limit(max(len(text), 1<<17)) # how long a text may be is not decided here
     try:
         first = text.lstrip("\r\n").splitlines()[0]
         comma = next((o for o in (",",";","\t") if set(columns)<=set(_names(first, o))), ",")
         if comma!=",": say(f"{Path(name).name}: its fields stand between {'semicolons' if comma==';' else 'tabs'}")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
-        at = 1
         for row in reader:
             if row: rows.append((at, row))
             at = reader.line_num+1
