@@ -15,7 +15,7 @@ from math import ceil
 from pathlib import Path
 
 from .bulk import STATE, _entry, alone, resume
-from .core import ConfigError, DataError, say, write_json
+from .core import ConfigError, DataError, read_json, say, write_json
 from .corpus import parse_mix
 from .quality import groups, quality, quality_text, split_talks
 from .readers import FORMATS, _sources, read_talks
@@ -188,9 +188,11 @@ def instruct(
     wanted,template = plan_of(cfg, tok),cfg.template(tok)
     with alone(cfg.out):
         state = resume(cfg.out, wanted)
-        if state["done"]: say(f"{cfg.out} is whole already")
-        train,val,report = sides(cfg, collect(cfg, template))
-        if not state["done"]:
+        if state["done"]:
+            say(f"{cfg.out} is whole already")
+            report = read_json(cfg.out/"quality.json")
+        else:
+            train,val,report = sides(cfg, collect(cfg, template))
             tok.save(cfg.out/"tokenizer.json"); template.save(cfg.out); write_json(cfg.out/"quality.json", report)
             write_talk_shards(cfg, template, train, val, state)
     say(quality_text(report))
