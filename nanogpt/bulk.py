@@ -233,13 +233,14 @@ class Shards:
     def __init__(
         self,
         path:Path,   # their folder
-        shards:list, # in their order, of one vocabulary, without masks
+        shards:list, # in their order, of one vocabulary, all with masks or none
     ):
         h,total = [o.header for o in shards],lambda k: sum(getattr(o.header, k) for o in shards)
         sha = hashlib.sha256("".join(o.sha for o in h).encode()).hexdigest()
-        self.path,self.shards,self.mask = Path(path),shards,None
-        self.header = ShardInfo(h[0].width, False, h[0].n_vocab, total("tokens"), total("documents"), h[0].fingerprint, sha)
+        self.path,self.shards = Path(path),shards
+        self.header = ShardInfo(h[0].width, h[0].mask, h[0].n_vocab, total("tokens"), total("documents"), h[0].fingerprint, sha)
         self.ids,self._docs = Joined([o.ids for o in shards]),list(accumulate(o.documents for o in h))
+        self.mask = Joined([o.mask for o in shards]) if h[0].mask else None
     @property
     def starts(self):
         "Where each document begins."
@@ -250,7 +251,7 @@ class Shards:
     def __getitem__(
         self,
         k:int, # document
-    ):         # its ids, and None: there is no mask
+    ):         # its ids and its mask (None where there is none)
         "One document."
         k = range(len(self))[k]
         n = bisect_right(self._docs, k)

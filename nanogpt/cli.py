@@ -30,6 +30,7 @@ VERBS = {
     "chat": ("commands.ChatConfig", "run_chat", "talk to a model (--terminal)"),
     "tokenizer": ("commands.TokenizerConfig", "run_tokenizer", "train a tokenizer, or show how one cuts a text"),
     "data": ("commands.DataConfig", "run_data", "turn a corpus into shards"),
+    "data instruct": ("instruct.InstructConfig", "run_instruct", "turn instruction sets into shards of conversations"),
     "export": ("commands.ExportConfig", "run_export", "write a model in the form that other programs read"),
     "ckpt list": ("commands.CkptConfig", "ckpt_list", "the checkpoints of a run and whether each is whole"),
     "ckpt latest": ("commands.CkptConfig", "ckpt_latest", "the newest valid checkpoint"),
@@ -47,7 +48,7 @@ VERBS = {
     "course build": ("study.CourseConfig", "study.course_build", "build lessons/ from nbs/ (for authors)"),
 }
 
-PLACES = {"ckpt": "--dir", "course": "--path", "data": "--corpus"} # the flag that a first word without one stands for
+PLACES = {"ckpt": "--dir", "course": "--path", "data": "--corpus", "data instruct": "--mix"} # the flag that a first bare word stands for
 TOGETHER = ("pretrain", "sft", "speedrun") # verbs that several processes can do together
 
 def usage()->str:
@@ -94,7 +95,7 @@ def parse_only(
         module,_,name = name.rpartition(".")
         return getattr(importlib.import_module(f"nanogpt.{module or 'commands'}"), name)
     # step 3: a folder without a flag gets its flag
-    place = PLACES.get(verb.split()[0])
+    place = PLACES.get(verb, PLACES.get(verb.split()[0]))
     if place and rest and not rest[0].startswith("-"): rest = [place, *rest]
     # step 4: the settings, then both; for `launch`, what stands after -- is a command of its own
     run = load(name) # first, because later notebooks add to what a setting may be: evaluations, for one

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GenerateConfig', 'is_tuned', 'run_generate', 'ChatConfig', 'run_chat', 'TokenizerConfig', 'run_tokenizer',
-           'DataConfig', 'run_data', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest', 'ExportConfig',
-           'run_export', 'run_pretrain', 'run_sft', 'run_launch', 'run_eval', 'run_speedrun']
+           'DataConfig', 'run_data', 'run_instruct', 'CkptConfig', 'ckpt_list', 'ckpt_verify', 'ckpt_latest',
+           'ExportConfig', 'run_export', 'run_pretrain', 'run_sft', 'run_launch', 'run_eval', 'run_speedrun']
 
 # %% ../nbs/40a_commands.ipynb #687f82b2
 import sys
@@ -29,7 +29,7 @@ from .sample import SampleConfig, stream
 from .settings import arg, show
 from .sft import SFTConfig, tune
 from .speedrun import SpeedrunConfig, card_text, sampler, speedrun
-from .template import Template
+from .template import load_template
 from .terminal import chat_terminal
 from .tokenizer import Tokenizer, get_tokenizer
 from .weights import HUB
@@ -67,7 +67,7 @@ def run_generate(
     model,tok = _load(cfg)
     text = sys.stdin.read() if cfg.prompt=="-" else cfg.prompt
     chat = is_tuned(cfg.model) if cfg.chat=="auto" else cfg.chat=="yes"
-    ids = Template(tok).prompt([dict(role="user", content=text)]) if chat else [tok.eot, *tok.encode(text)]
+    ids = load_template(cfg.model, tok).prompt([dict(role="user", content=text)]) if chat else [tok.eot, *tok.encode(text)]
     pieces = stream(model, tok, ids, cfg)
     while True:
         try: piece = next(pieces)
@@ -96,7 +96,7 @@ def run_chat(
     if not cfg.terminal: raise ConfigError("the dashboard in the browser is not built yet", "add --terminal")
     model,tok = _load(cfg)
     if not is_tuned(cfg.model): say(f"{cfg.model} is not a tuned run: expect it to continue rather than to answer")
-    chat_terminal(model, tok, cfg, lines, cfg.system)
+    chat_terminal(model, tok, cfg, lines, cfg.system, load_template(cfg.model, tok))
 
 # %% ../nbs/40a_commands.ipynb #fd3f657c
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,17 @@ def run_data(
         if (cfg.out/STATE).exists(): raise ConfigError(f"--out={cfg.out} holds shards of another command", "choose another --out")
         counts = prepare(cfg.corpus, tok, cfg.out, tokens=cfg.tokens, seed=cfg.seed)
     show(counts, f"{cfg.out}: {counts['train']['tokens']:,} tokens to train on, {counts['val']['tokens']:,} held out", cfg.json)
+
+# %% ../nbs/40a_commands.ipynb #ac245f02
+def run_instruct(
+    cfg, # an InstructConfig
+):
+    "Print what was written, and what to type next."
+    from nanogpt.instruct import instruct
+    counts = instruct(cfg, get_tokenizer(cfg.tokenizer))
+    t,v = counts["train"],counts["val"]
+    show(counts, f"{cfg.out}: {t['documents']:,} conversations ({t['tokens']:,} tokens) to learn from, {v['documents']:,} held out\n"
+                 f"next: nanogpt sft --init RUN --data {cfg.out} --out runs/tuned", cfg.json)
 
 # %% ../nbs/40a_commands.ipynb #91fa96a6
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +243,7 @@ def run_sft(
 ):
     "Tune and say what to type next."
     with processes(cfg) as dist:
-        result = tune(cfg, sampler(["Write a story."], True, SampleConfig(max_tokens=40, seed=cfg.seed)), dist)
+        result = tune(cfg, sampler(["Write a story."], True, SampleConfig(max_tokens=40, seed=cfg.seed), cfg.out), dist)
         if dist.main: _end(cfg, result, f"nanogpt chat --terminal --model {cfg.out}")
 
 # %% ../nbs/40a_commands.ipynb #ee7b5682

@@ -25,7 +25,7 @@ from .sample import SampleConfig, generate
 from .settings import arg
 from .sft import SFTConfig, tune
 from .stories import STORIES
-from .template import Template
+from .template import Template, load_template
 from .tokenizer import Tokenizer
 
 # %% ../nbs/40_speedrun.ipynb #50dcb9aa
@@ -84,10 +84,12 @@ def sampler(
     prompts:list, # texts
     chat:bool,    # ask in chat form, or let the model continue?
     cfg:SampleConfig, # the knobs
+    home:Path|None=None, # the run whose template says in which form to ask; None: our own
 )->Callable:      # (model, tokenizer) → dicts with prompt and text
     "What a run logs at each evaluation so that a person sees it learn."
     def sample(model, tok):
-        ids = [Template(tok).prompt([dict(role="user", content=p)]) if chat else [tok.eot, *tok.encode(p)] for p in prompts]
+        template = load_template(home, tok) if home else Template(tok)
+        ids = [template.prompt([dict(role="user", content=p)]) if chat else [tok.eot, *tok.encode(p)] for p in prompts]
         return [dict(prompt=p, text=t) for p,t in zip(prompts, generate(model, tok, ids, cfg), strict=True)]
     return sample
 

@@ -24,8 +24,9 @@ class Chat:
         tok:Tokenizer,    # its vocabulary
         cfg:SampleConfig, # the knobs
         system:str="",    # a message that stands before all others; empty: none
+        template:Template|None=None, # the form it was tuned in; None: our own
     ):
-        self.model,self.tok,self.cfg,self.template = model,tok,cfg,Template(tok)
+        self.model,self.tok,self.cfg,self.template = model,tok,cfg,template or Template(tok)
         self.first = [dict(role="system", content=system)] if system.strip() else []
         size = model.cfg.block_size
         self.room = size-min(cfg.max_tokens, size//8)       # most tokens of a prompt: an eighth stays free for the answer
@@ -79,9 +80,10 @@ def chat_terminal(
     cfg:SampleConfig,         # the knobs
     lines:Iterable[str]|None=None, # what the user says; None: what is typed
     system:str="",            # a message that stands before all others; empty: none
+    template:Template|None=None, # the form the model was tuned in; None: our own
 )->list:                      # the messages at the end
     "Talk until /quit, Ctrl-D or the last line: answers stream to stdout, remarks go to stderr."
-    chat,lines = Chat(model, tok, cfg, system),iter(Typed() if lines is None else lines)
+    chat,lines = Chat(model, tok, cfg, system, template),iter(Typed() if lines is None else lines)
     say("Ask something. /new starts afresh, /quit or Ctrl-D leaves, Ctrl-C stops an answer.")
     while True:
         try: line = next(lines).strip()
