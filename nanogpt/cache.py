@@ -6,6 +6,8 @@
 __all__ = ['visible', 'KVCache']
 
 # %% ../nbs/07_cache.ipynb #e03ed991
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,16 @@ class KVCache:
         "Forget the padding: every row goes on from its own end."
         self.n = torch.as_tensor(lengths, device=self.n.device)
         self.top,self.even = int(self.n.max()),bool((self.n==self.n[0]).all())
+    def take(
+        self,
+        rows:Tensor, # numbers of rows, as often as wanted
+        length:int,  # most tokens a text will reach
+    ):               # a KVCache
+        "A copy of these rows that goes on by itself: one beginning, read once, serves several endings."
+        new = copy(self)
+        new.length = length
+        new.set_lengths(self.n[rows])
+        L,_,H,_,D = self.k.shape
+        new.k,new.v = (o.new_zeros(L, len(rows), H, length, D) for o in (self.k, self.v))
+        for mine,old in ((new.k, self.k), (new.v, self.v)): mine[:,:,:,:new.top] = old[:,rows,:,:new.top]
+        return new

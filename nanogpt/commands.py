@@ -20,7 +20,6 @@ from .core import CheckpointError, ConfigError, pick_device, read_json, say
 from .corpus import parse_mix
 from .data import prepare
 from .dist import LaunchConfig, launch, processes
-from .evals import EvalConfig, evaluate
 from .hub import save_hub
 from .model import count
 from .pieces import BulkConfig
@@ -29,6 +28,7 @@ from .sample import SampleConfig, stream
 from .settings import arg, show
 from .sft import SFTConfig, tune
 from .speedrun import SpeedrunConfig, card_text, sampler, speedrun
+from .suite import EvalConfig, evaluate
 from .template import load_template
 from .terminal import chat_terminal
 from .tokenizer import Tokenizer, get_tokenizer
@@ -258,7 +258,8 @@ def run_eval(
 ):
     "One line per metric."
     for m in evaluate(cfg):
-        show(m, f"{m['task']:10} {m['metric']:24} {m['value']:.4f}   ({m['low']:.4f} – {m['high']:.4f}, n={m['n']})", cfg.json)
+        luck = f"   chance {m['chance']:.4f}, dice {m['random']:.4f}" if "chance" in m else ""
+        show(m, f"{m['task']:13} {m['metric']:24} {m['value']:.4f}   ({m['low']:.4f} – {m['high']:.4f}, n={m['n']}){luck}", cfg.json)
 
 # %% ../nbs/40a_commands.ipynb #779eca94
 def run_speedrun(

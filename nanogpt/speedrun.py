@@ -19,12 +19,13 @@ from pathlib import Path
 from .checkpoint import load_model
 from .core import ConfigError, Dist, peak_memory_bytes, read_json, read_log, say, write_json
 from .corpus import conversation, parse_mix, rows
-from .evals import measure
 from .pretrain import TrainConfig, pretrain
+from .replies import QUALITY  # noqa: F401 - importing it makes the task known
 from .sample import SampleConfig, generate
 from .settings import arg
 from .sft import SFTConfig, tune
 from .stories import STORIES
+from .suite import measure
 from .template import Template, load_template
 from .tokenizer import Tokenizer
 

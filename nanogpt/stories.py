@@ -11,9 +11,10 @@ from functools import cache
 from itertools import islice, product
 
 from .corpus import conversation, rows
-from .evals import TASKS, share
+from .evals import share
 from .model import GPT
 from .sample import SampleConfig, generate
+from .suite import TASKS
 from .tales import World, pool
 from .template import Template
 from .tokenizer import Tokenizer
