@@ -19,6 +19,8 @@ from .checkpoint import load_model
 from .core import ConfigError, peak_memory_bytes, read_json, read_log, say, write_json
 from .corpus import conversation, parse_mix, rows
 from .evals import measure
+from .page import write_report
+from .passport import metered
 from .pretrain import TrainConfig, pretrain
 from .sample import SampleConfig, generate
 from .settings import arg
@@ -134,7 +136,7 @@ def make_card(
     cfg:SpeedrunConfig, # what was run
     started:float, # time.time() at the start, less the training seconds of earlier processes
 )->dict:           # seconds, tokens, peak_memory_bytes, before and after → metric, samples
-    "Measure both runs and put everything on one card; written to card.json beside them."
+    "Measure both runs and put everything on one card; card.json, report.html and report.md are written beside them."
     plan = cfg.plan()
     card = dict(record=_record(cfg, plan), tokens=0, seconds=0., training_seconds=0., runs={})
     for name,run in (("base", plan.base.out), ("tuned", plan.tuned.out)):
@@ -151,7 +153,9 @@ def make_card(
     speed = card["tokens"]/card["training_seconds"]
     peak = max(o.get("peak_memory_bytes", 0) for run in (plan.base.out, plan.tuned.out) for o in read_log(run, "note"))
     card.update(seconds=time.time()-started, tokens_per_second=speed, peak_memory_bytes=max(peak, peak_memory_bytes()))
-    write_json(plan.base.out.parent/"card.json", card)
+    home = plan.base.out.parent
+    write_json(home/"card.json", card)
+    write_report(plan.base.out, plan.tuned.out, home)
     return card
 
 # %% ../nbs/40_speedrun.ipynb #4c4c6d5f
@@ -183,8 +187,10 @@ def speedrun(
     started = time.time()-sum(o["seconds"] for last in earlier for o in last)
     say(f"1/3 pretraining on {plan.base.corpus} → {plan.base.out}")
     knobs = SampleConfig(max_tokens=60, seed=cfg.seed)
-    if pretrain(plan.base, sampler(["One day,"], False, knobs))["reason"]!="done": return {}
+    with metered(plan.base.out): end = pretrain(plan.base, sampler(["One day,"], False, knobs))
+    if end["reason"]!="done": return {}
     say(f"2/3 tuning on conversations of {plan.tuned.corpus} → {plan.tuned.out}")
-    if tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs))["reason"]!="done": return {}
+    with metered(plan.tuned.out): end = tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs))
+    if end["reason"]!="done": return {}
     say("3/3 the same questions, before and after")
     return make_card(cfg, started)
