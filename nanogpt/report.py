@@ -209,6 +209,7 @@ def escape(
     for letter,name in (("&","&amp;"), ("<","&lt;"), (">","&gt;"), ('"',"&quot;"), ("'","&#39;")): text = text.replace(letter, name)
     return text
 
+# %% ../nbs/18_report.ipynb #6ff40614
 def marked(
     fact:Fact, # what to show
 )->str:
@@ -218,7 +219,7 @@ def marked(
     inside = " ".join(f'{k}="{escape(str(v))}"' for k,v in where.items() if k!="value" or fact.show!="text")
     return f"<data {inside}>{escape(fact.text)}</data>"
 
-# %% ../nbs/18_report.ipynb #dc64fdb4
+# %% ../nbs/18_report.ipynb #e1ff8569
 class _Reader(HTMLParser):
     "Collects what is marked as a fact, and the visible text that is not."
     VOID = {"meta", "br", "hr", "link", "img", "input", "wbr", "col"}

@@ -109,7 +109,7 @@ def test_control_an_unescaped_page_is_caught(runs, tmp_path):
         _, said = open_page(at, tmp_path/"bad.html")
         assert at.title()!="taken" and any("Content Security Policy" in s for s in said) # refused by the policy in its head
 
-def test_what_is_missing_is_said(runs, tmp_path, shards):
+def test_what_is_missing_is_said(runs, tmp_path, capsys):
     "A metric on one side only, another vocabulary, a lost log, no run at all: in words on the page, or refused with the next step."
     a, b = (shutil.copytree(path, tmp_path/name) for path, name in zip(runs, "ab", strict=True))
     keep_lines(b, "metric", [dict(task="quiz", metric="acc", version=1, value=.5, n=4, low=.1, high=.9)])
@@ -122,9 +122,11 @@ def test_what_is_missing_is_said(runs, tmp_path, shards):
     (a/"log.jsonl").unlink()
     page, _, sources = written(a, b, tmp_path/"3")
     assert "no log of its training" in page and "never asked the same prompt" in page and all(o["right"] for o in trace(page, sources))
-    one_message(run("report", "--before", tmp_path/"none", "--after", b, "--out", tmp_path/"4", code=2).stderr, "is not a run")
-    one_message(run("report", "--before", a, "--after", b, code=2).stderr, "needs --out")
-    one_message(run("report", "--before", a/"model", "--after", b, "--out", tmp_path/"4", code=2).stderr, "is not a run")
+    wrong = {"is not a run": (tmp_path/"none", b, "--out", tmp_path/"4"), "needs --out": (a, b), "did you mean": (b/"model", b, "--out", tmp_path/"4")}
+    for says, (before, *rest) in wrong.items():
+        capsys.readouterr()
+        assert here("report", "--before", before, "--after", *rest)[0]==2
+        one_message(capsys.readouterr().err, says)
     assert not (tmp_path/"4").exists()
 
 def test_history_of_a_stopped_run(shards, tmp_path):
@@ -142,14 +144,15 @@ def test_history_of_a_stopped_run(shards, tmp_path):
     for word in ("preempted", "going on after step", "done"): assert word in page and word in text
     assert all(o["right"] for o in trace(page, sources)) and strays(page)==[]
 
-def test_diff(runs, shards, tmp_path):
+def test_diff(runs, shards, tmp_path, capsys):
     "One setting is changed: it is named, with the first step whose loss differs; what is equal is only counted."
     run("pretrain", *SHAPE, *QUICK, "--data", shards, "--out", tmp_path/"other", "--clip", 0.01)
-    done = run("report", "--diff", runs[0], tmp_path/"other", "--json")
-    d = json.loads(done.stdout)
+    d = json.loads(here("report", "--diff", runs[0], tmp_path/"other", "--json")[1])
     names = {o["what"] for o in d["differs"]}
     assert "settings.clip" in names and not {"settings.lr", "settings.seed", "model.n_layer", "data", "vocabulary"} & names
     assert d["parted"]=={"loss": 2, "data": None} and d["same"]>30
-    text = run("report", "--diff", runs[0], tmp_path/"other").stdout
+    text = here("report", "--diff", runs[0], tmp_path/"other")[1]
     assert "settings.clip" in text and "up to step 1; step 2 differs" in text and "read the same ids in every step" in text
-    one_message(run("report", "--diff", runs[0], code=2).stderr, "--diff needs two runs")
+    capsys.readouterr()
+    assert here("report", "--diff", runs[0])[0]==2
+    one_message(capsys.readouterr().err, "--diff needs two runs")
