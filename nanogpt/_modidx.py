@@ -350,6 +350,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nanogpt.layout.Words': ('layout.html#words', 'nanogpt/layout.py'),
                                 'nanogpt.layout._block': ('layout.html#_block', 'nanogpt/layout.py'),
                                 'nanogpt.layout._facts': ('layout.html#_facts', 'nanogpt/layout.py'),
+                                'nanogpt.layout._heading': ('layout.html#_heading', 'nanogpt/layout.py'),
                                 'nanogpt.layout._md': ('layout.html#_md', 'nanogpt/layout.py'),
                                 'nanogpt.layout._md_part': ('layout.html#_md_part', 'nanogpt/layout.py'),
                                 'nanogpt.layout._part': ('layout.html#_part', 'nanogpt/layout.py'),

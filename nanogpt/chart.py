@@ -146,7 +146,8 @@ td data{unicode-bidi:isolate;white-space:nowrap}td data[data-show=word],td data[
 _PHONE = """
 @media screen and (max-width:40rem){main{padding:1.6rem 1rem 3rem}h1{font-size:1.5rem}.two{grid-template-columns:1fr}
 thead{display:none}tr{display:block;padding:.7rem 0;border-bottom:1px solid var(--rule)}th,td{display:block;border:0;padding:.1rem 0}
-tbody th{font-weight:650}td[data-head]{display:grid;grid-template-columns:8.5rem 1fr;gap:.6rem;align-items:baseline}
+tbody th{font-weight:650}.even th:first-child{width:auto}
+td[data-head]{display:grid;grid-template-columns:8.5rem 1fr;gap:.6rem;align-items:baseline}
 td[data-head]>div{min-width:0}td[data-head]::before{content:attr(data-head);color:var(--soft);font-size:.85rem}}
 """
 _PAPER = """

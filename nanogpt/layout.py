@@ -106,6 +106,11 @@ def _sources(facts):
             "it ends with the same list.</p><details><summary>File, line and key of everything on this page</summary>"
             f"<ol>{''.join(rows)}</ol></details></section>")
 
+def _heading(title):
+    "The title, and the paths under it."
+    path = lambda p: getattr(p, "kind", "")=="name path"
+    return [p for p in title if not path(p)], [p for p in title if path(p)]
+
 def as_html(
     title:tuple,       # pieces
     sections:Iterable, # of the page
@@ -114,7 +119,7 @@ def as_html(
     facts = []
     head = _pieces(title, facts)
     body = "".join(f"<section><h2>{escape(o.title)}</h2>{''.join(_part(p, facts) for p in o.parts)}</section>\n" for o in sections)
-    plain = escape(clean("".join(p if isinstance(p, str) else p.text for p in title if getattr(p, "kind", "")!="name path")))
+    plain = escape(clean("".join(p if isinstance(p, str) else p.text for p in _heading(title)[0])))
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width,initial-scale=1">'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,"><title>{plain}</title>'
@@ -155,7 +160,8 @@ def as_markdown(
 )->str:
     "The page without its pictures, for a terminal, an editor or a place that shows Markdown."
     sections = list(sections)
-    out = [f"# {_md(title)}", *(x for o in sections for x in (f"## {o.title}", *map(_md_part, o.parts)))]
+    short,paths = map(_md, _heading(title))
+    out = [f"# {short}", *([paths] if paths!="–" else []), *(x for o in sections for x in (f"## {o.title}", *map(_md_part, o.parts)))]
     rows = {(f.told(), f.text) for o in sections for f in _facts(o.parts) if f.show!="text"}
     table = ["| number | from |", "|---|---|", *(f"| {_plain(text)} | {_plain(told)} |" for told,text in sorted(rows))]
     return "\n\n".join([*out, "## Where each number comes from", "\n".join(table)])+"\n"

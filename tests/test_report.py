@@ -122,7 +122,8 @@ def test_what_is_missing_is_said(runs, tmp_path, capsys):
     (a/"log.jsonl").unlink()
     page, _, sources = written(a, b, tmp_path/"3")
     assert "no log of its training" in page and "never asked the same prompt" in page and all(o["right"] for o in trace(page, sources))
-    wrong = {"is not a run": (tmp_path/"none", b, "--out", tmp_path/"4"), "needs --out": (a, b), "did you mean": (b/"model", b, "--out", tmp_path/"4")}
+    out = ("--out", tmp_path/"4")
+    wrong = {"is not a run": (tmp_path/"none", b, *out), "needs --out": (a, b), "did you mean": (b/"model", b, *out)}
     for says, (before, *rest) in wrong.items():
         capsys.readouterr()
         assert here("report", "--before", before, "--after", *rest)[0]==2
@@ -143,6 +144,29 @@ def test_history_of_a_stopped_run(shards, tmp_path):
     page, text, sources = written(tmp_path/"run", tmp_path/"run", tmp_path/"page")
     for word in ("preempted", "going on after step", "done"): assert word in page and word in text
     assert all(o["right"] for o in trace(page, sources)) and strays(page)==[]
+
+def test_energy_is_added_up(runs, tmp_path, monkeypatch):
+    "Two cards of 100 and 150 watts: joules are watts times seconds, in the log and on the page. Nothing is told, nothing is written."
+    import time
+
+    from nanogpt.passport import Meter, metered
+    card = tmp_path/"bin"/"nvidia-smi"
+    card.parent.mkdir()
+    card.write_text("#!/bin/sh\necho 100.0; echo 150.0\n")
+    card.chmod(0o755)
+    path = shutil.copytree(runs[1], tmp_path/"run")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with Meter(folder=tmp_path/"no") as m: pass
+    assert m.joules is None
+    before = len(log(path, "energy"))
+    monkeypatch.setenv("PATH", f"{card.parent}:/bin:/usr/bin")
+    start = time.monotonic()
+    with Meter(every_seconds=.05, folder=tmp_path/"no") as m: time.sleep(.3)
+    assert 250*.3<=m.joules<=250*(time.monotonic()-start) and m.meters=={"nvidia-smi"}
+    with metered(path): time.sleep(.1)
+    assert len(log(path, "energy"))==before+1 and log(path, "energy")[-1]["joules"]>=25
+    page, _, sources = written(path, path, tmp_path/"page")
+    assert "watt hours" in page and "energy is not known" not in page and all(o["right"] for o in trace(page, sources))
 
 def test_diff(runs, shards, tmp_path, capsys):
     "One setting is changed: it is named, with the first step whose loss differs; what is equal is only counted."
