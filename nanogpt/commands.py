@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+# %% ../nbs/40a_commands.ipynb #18d0c0b1
 from . import checkpoint as ck
 from .bulk import STATE, bulk
 from .core import CheckpointError, ConfigError, pick_device, read_json, say
@@ -22,6 +23,7 @@ from .data import prepare
 from .dist import LaunchConfig, launch, processes
 from .hub import save_hub
 from .model import count
+from .passport import keep_lines, metered
 from .pieces import BulkConfig
 from .pretrain import TrainConfig, pretrain, tokenizer_texts
 from .sample import SampleConfig, stream
@@ -234,7 +236,7 @@ def run_pretrain(
     cfg:TrainConfig, # all settings
 ):
     "Pretrain and say what to type next."
-    with processes(cfg) as dist:
+    with processes(cfg) as dist, metered(cfg.out, dist.main):
         result = pretrain(cfg, sampler(["One day,"], False, SampleConfig(max_tokens=40, seed=cfg.seed)), dist)
         if dist.main: _end(cfg, result, f"nanogpt generate --model {cfg.out} --prompt 'One day,'")
 
@@ -242,7 +244,7 @@ def run_sft(
     cfg:SFTConfig, # all settings
 ):
     "Tune and say what to type next."
-    with processes(cfg) as dist:
+    with processes(cfg) as dist, metered(cfg.out, dist.main):
         result = tune(cfg, sampler(["Write a story."], True, SampleConfig(max_tokens=40, seed=cfg.seed), cfg.out), dist)
         if dist.main: _end(cfg, result, f"nanogpt chat --terminal --model {cfg.out}")
 
@@ -256,8 +258,10 @@ def run_launch(
 def run_eval(
     cfg:EvalConfig, # what to measure
 ):
-    "One line per metric."
-    for m in evaluate(cfg):
+    "One line per metric; of a run, they are kept in its log, for the report."
+    rows = evaluate(cfg)
+    keep_lines(cfg.model, "metric", rows)
+    for m in rows:
         luck = f"   chance {m['chance']:.4f}, dice {m['random']:.4f}" if "chance" in m else ""
         show(m, f"{m['task']:13} {m['metric']:24} {m['value']:.4f}   ({m['low']:.4f} – {m['high']:.4f}, n={m['n']}){luck}", cfg.json)
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from .checkpoint import load_model
 from .core import ConfigError, Dist, peak_memory_bytes, read_json, read_log, say, write_json
 from .corpus import conversation, parse_mix, rows
+from .page import write_report
+from .passport import metered
 from .pretrain import TrainConfig, pretrain
 from .replies import QUALITY  # noqa: F401 - importing it makes the task known
 from .sample import SampleConfig, generate
@@ -151,7 +153,7 @@ def make_card(
     cfg:SpeedrunConfig, # what was run
     started:float, # time.time() at the start, less the training seconds of earlier processes
 )->dict:           # seconds, tokens, peak_memory_bytes, before and after → metric, samples
-    "Measure both runs and put everything on one card; written to card.json beside them."
+    "Measure both runs and put everything on one card; card.json, report.html and report.md are written beside them."
     plan = cfg.plan()
     card = dict(record=_record(cfg, plan), tokens=0, seconds=0., training_seconds=0., runs={})
     for name,run in (("base", plan.base.out), ("tuned", plan.tuned.out)):
@@ -168,7 +170,9 @@ def make_card(
     speed = card["tokens"]/card["training_seconds"]
     peak = max(o.get("peak_memory_bytes", 0) for run in (plan.base.out, plan.tuned.out) for o in read_log(run, "note"))
     card.update(seconds=time.time()-started, tokens_per_second=speed, peak_memory_bytes=max(peak, peak_memory_bytes()))
-    write_json(plan.base.out.parent/"card.json", card)
+    home = plan.base.out.parent
+    write_json(home/"card.json", card)
+    write_report(plan.base.out, plan.tuned.out, home)
     return card
 
 # %% ../nbs/40_speedrun.ipynb #4c4c6d5f
@@ -202,9 +206,11 @@ def speedrun(
     started = time.time()-sum(o["seconds"] for last in earlier for o in last)
     tell(f"1/3 pretraining on {plan.base.corpus} → {plan.base.out}")
     knobs = SampleConfig(max_tokens=60, seed=cfg.seed)
-    if pretrain(plan.base, sampler(["One day,"], False, knobs), dist)["reason"]!="done": return {}
+    with metered(plan.base.out, dist.main): end = pretrain(plan.base, sampler(["One day,"], False, knobs), dist)
+    if end["reason"]!="done": return {}
     tell(f"2/3 tuning on conversations of {plan.tuned.corpus} → {plan.tuned.out}")
-    if tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs), dist)["reason"]!="done": return {}
+    with metered(plan.tuned.out, dist.main): end = tune(plan.tuned, sampler(["Write a story about a fox."], True, knobs), dist)
+    if end["reason"]!="done": return {}
     tell("3/3 the same questions, before and after")
     dist.first(lambda: card.update(make_card(cfg, started))) # the others wait
     return card
