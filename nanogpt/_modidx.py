@@ -126,7 +126,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nanogpt.choice._need': ('choice.html#_need', 'nanogpt/choice.py'),
                                 'nanogpt.choice.arc': ('choice.html#arc', 'nanogpt/choice.py'),
                                 'nanogpt.choice.choice': ('choice.html#choice', 'nanogpt/choice.py'),
-                                'nanogpt.choice.choose': ('choice.html#choose', 'nanogpt/choice.py'),
+                                'nanogpt.choice.choice_metrics': ('choice.html#choice_metrics', 'nanogpt/choice.py'),
                                 'nanogpt.choice.clean': ('choice.html#clean', 'nanogpt/choice.py'),
                                 'nanogpt.choice.completion': ('choice.html#completion', 'nanogpt/choice.py'),
                                 'nanogpt.choice.follow': ('choice.html#follow', 'nanogpt/choice.py'),

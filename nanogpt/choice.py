@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'Item', 'sample', 'clean', 'completion', 'harness', 'arc', 'follow', 'judge', 'weigh', 'microscope',
-           'right_ones', 'choice', 'choose']
+           'right_ones', 'choice', 'choice_metrics']
 
 # %% ../nbs/15a_choice.ipynb #04f888d4
 import re
@@ -165,7 +165,7 @@ def choice(
     told = share(task, name, right_ones(values, golds), version)
     return dict(told, chance=sum(1/len(i.endings) for i in items)/len(items), random=sum(dice)/len(dice))
 
-def choose(
+def choice_metrics(
     model:GPT,     # in evaluation mode
     tok:Tokenizer, # its tokenizer
     task:str,      # which task

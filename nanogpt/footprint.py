@@ -49,8 +49,9 @@ class MemoryConfig(TrainConfig):
 # %% ../nbs/39a_footprint.ipynb #0b640416
 def two_steps(
     cfg:MemoryConfig, # what to run
-)->dict:              # peak_memory_bytes, kernel and seconds of the second step
+)->dict:              # peak_memory_bytes, kernel, seconds of the second step, and what the process holds for itself
     "Train two steps on random ids with these settings, in this process."
+    process = process_bytes(pick_device(cfg.device, cfg.dtype))
     tok,shape,rng = get_tokenizer("gpt2"),cfg.model(cfg.vocabulary()),np.random.default_rng(0)
     passes,ids = min(cfg.accum(), 2),min(shape.vocab_size, 50257)
     with TemporaryDirectory() as tmp:
@@ -63,7 +64,7 @@ def two_steps(
         load = lambda: Loader(Shard(Path(tmp)/"ids.bin"), cfg.seq_len, cfg.micro_batch)
         end = fit(GPT(shape), load(), run, tok, load())
         kernel,steps = read_json(run.out/"config.json")["kernel"],read_log(run.out, "step")
-    return dict(peak_memory_bytes=end["peak_memory_bytes"], kernel=kernel, seconds=steps[-1]["seconds"])
+    return dict(peak_memory_bytes=end["peak_memory_bytes"], kernel=kernel, seconds=steps[-1]["seconds"], process=process)
 
 _CHILD = """import json, sys
 from nanogpt.footprint import MemoryConfig, two_steps
@@ -87,7 +88,7 @@ def footprint(
     "The prediction by cause, what the machine has, and settings that fit."
     shape,device,real = cfg.model(cfg.vocabulary()),pick_device(cfg.device, cfg.dtype),measured(cfg) if cfg.measure else {}
     kernels = [real.get("kernel", cfg.kernel)] if real or cfg.kernel!="auto" else list(KERNELS)
-    process,has = process_bytes(device),machine_memory(device.name)
+    process,has = real.get("process") or process_bytes(device),machine_memory(device.name)
     passes = dict(batch_tokens=min(cfg.accum(cfg.nproc), 2)*cfg.micro_batch*cfg.seq_len*cfg.nproc)
     def causes(world=cfg.nproc, **change): # of the hungrier kernel, where both may be chosen
         run = replace(cfg, **passes|change)

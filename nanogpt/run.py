@@ -103,7 +103,7 @@ def _ready(t, old):
 
 def _changed(old, new):
     "The names of everything that differs from the run that was stopped and could change its numbers."
-    free = {"out", "resume", "eval_every", "eval_batches", "patience", "save_every", "save_async", "keep"}
+    free = {"out", "resume", "eval_every", "eval_batches", "patience", "save_every", "save_async", "keep", "recompute"}
     names = [k for k,v in new["settings"].items() if k not in free and old["settings"].get(k, v)!=v] # a younger setting is no news
     return names + [k for k in ("threads", "world", "versions", "device", "dtype", "data") if old.get(k)!=new[k]]
 

@@ -17,7 +17,7 @@ import torch
 
 from . import tales
 from .checkpoint import load_model
-from .choice import Item, arc, choose, completion, follow, harness, sample
+from .choice import Item, arc, choice_metrics, completion, follow, harness, sample
 from .core import ConfigError, DataError, NetworkError, pick_device, say
 from .corpus import choices, conversations, documents, rows
 from .evals import answer_loss, exact, mean_interval, metric, score, share
@@ -82,18 +82,18 @@ def _tales(model, tok, n, seed):
     t,items = Template(tok),[completion(c) for c in islice(choices("tales", "test", seed), n)]
     talks = list(islice(conversations("tales", "test", seed), n))
     return [answer_loss(model, t, talks, "tales"), *exact(model, t, tales_items(n, seed), "tales"),
-            *choose(model, tok, "tales", items, dict(token="endings"), seed, start=(tok.eot,))]
+            *choice_metrics(model, tok, "tales", items, dict(token="endings"), seed, start=(tok.eot,))]
 
 # %% ../nbs/15b_suite.ipynb #8ea9a405
 def _hellaswag(model, tok, n, seed, name="hellaswag"):
     raw = sample(name, n, seed)
     both = ((completion, dict(sum="acc_completion", token="acc_norm_completion"), 2), (harness, dict(sum="acc", char="acc_norm"), 1))
-    ask = lambda form,names,version: choose(model, tok, "hellaswag", [form(r) for r in raw], names, seed, version)
+    ask = lambda form,names,version: choice_metrics(model, tok, "hellaswag", [form(r) for r in raw], names, seed, version)
     return [m for o in both for m in ask(*o)]
 
 def _arc(name):
     def task(model, tok, n, seed, source=name):
-        return choose(model, tok, name, [arc(r) for r in sample(source, n, seed)], dict(sum="acc", char="acc_norm"), seed)
+        return choice_metrics(model, tok, name, [arc(r) for r in sample(source, n, seed)], dict(sum="acc", char="acc_norm"), seed)
     return task
 
 def _lambada(model, tok, n, seed, name="lambada"):

@@ -11,7 +11,7 @@ import torch
 from mini import environment, one_message, run
 
 from nanogpt.checkpoint import load_model, save_model
-from nanogpt.choice import arc, choose, completion, harness, judge
+from nanogpt.choice import arc, choice_metrics, completion, harness, judge
 from nanogpt.core import pick_device
 from nanogpt.corpus import choices, documents, records
 from nanogpt.evals import score
@@ -74,9 +74,9 @@ def own_rows(n=40):
     for c, text in zip(islice(choices("tales", "test"), n), documents("tales", "test"), strict=False):
         a, _, b = c["ctx"].rpartition(". ")
         ends = [e+rng.choice(("", " [step] And so on.", "  It  was late.", " [title] Then home.")) for e in c["endings"]]
-        text = dict(ctx_a=f"[header] {a}.", ctx_b=b.lower(), ctx=f"[header] {a}. {b.lower()}")
+        cut = dict(ctx_a=f"[header] {a}.", ctx_b=b.lower(), ctx=f"[header] {a}. {b.lower()}")
         about = rng.choice(("Telling a tale", "Walking  home"))
-        out["hellaswag"].append(dict(text, ind=len(out["hellaswag"]), activity_label=about, endings=ends, label=str(c["label"])))
+        out["hellaswag"].append(dict(cut, ind=len(out["hellaswag"]), activity_label=about, endings=ends, label=str(c["label"])))
         k = rng.choice((3, 4))
         out["arc_easy"].append(dict(id=str(k), question=a[-200:]+"?", answerKey="ABCD"[rng.randrange(k)],
                                     choices=dict(text=c["endings"][:k], label=list("ABCD"[:k]))))
@@ -87,7 +87,8 @@ def ours(model, tok, rows):
     "The same metrics from our side, and the log-probabilities of every ending."
     hella, ask, last = [[f(r) for r in rows[k]] for k, f in (("hellaswag", harness), ("arc_easy", arc), ("lambada_openai", last_word))]
     norm = dict(sum="acc", char="acc_norm")
-    results = {"hellaswag": choose(model, tok, "hellaswag", hella, norm), "arc_easy": choose(model, tok, "arc_easy", ask, norm),
+    results = {"hellaswag": choice_metrics(model, tok, "hellaswag", hella, norm),
+               "arc_easy": choice_metrics(model, tok, "arc_easy", ask, norm),
                "lambada_openai": last_words(model, tok, last, "lambada")}
     lls = {k: [[s.logprob for s in some] for some in judge(model, tok, items)]
            for k, items in (("hellaswag", hella), ("arc_easy", ask), ("lambada_openai", last))}
@@ -111,7 +112,7 @@ def test_harness_equality(tiny, tmp_path):
         for name, value in metrics.items(): assert value==pytest.approx(want["results"][task][name], rel=1e-5), (task, name)
         for a, b in zip(lls[task], want["lls"][task], strict=True): assert a==pytest.approx(b, abs=1e-3)
     # controls: on these items the other readings do give other numbers, so equality says something
-    other = choose(*tiny, "x", [harness(r) for r in rows["hellaswag"]], dict(token="token"), start=(tiny[1].eot,))
+    other = choice_metrics(*tiny, "x", [harness(r) for r in rows["hellaswag"]], dict(token="token"), start=(tiny[1].eot,))
     assert other[0]["value"]!=pytest.approx(want["results"]["hellaswag"]["acc_norm"])
     raw = judge(*tiny, [completion(r) for r in rows["hellaswag"]])
     assert [[s.logprob for s in four] for four in raw][0]!=pytest.approx(want["lls"]["hellaswag"][0], abs=1e-3)
