@@ -48,6 +48,7 @@ def _serve():
     path,shape,B,T,device,dtype,compiled,threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
     step = rival_step(Path(path), GPTConfig(**shape), B, T, pick_device(device, dtype), compiled)
+    print(flush=True)                                    # it is ready, and will not disturb anybody until it is asked
     for _ in sys.stdin: step(); print(flush=True)
 
 # %% ../nbs/39c_race.ipynb #4f0e59c7
@@ -64,11 +65,10 @@ def rival(
     job = json.dumps([str(path), asdict(shape), B, T, device.name, device.dtype, compiled, torch.get_num_threads()])
     words = [sys.executable, "-c", "from nanogpt.race import _serve; _serve()", job]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    def step():
-        try: print(file=child.stdin, flush=True)
-        except BrokenPipeError: pass
+    def heard():
         if not child.stdout.readline(): raise NanoError(f"the rival in {path} has ended", "look at its own message above")
-    try: yield step
+    def step(): print(file=child.stdin, flush=True); heard()
+    try: heard(); yield step
     finally: child.kill(); child.communicate()
 
 # %% ../nbs/39c_race.ipynb #36ca1fdc
