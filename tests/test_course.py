@@ -78,7 +78,7 @@ def test_lessons_hide_the_answers():
         assert json.dumps(lesson).count("your turn")>0
 
 def test_readme_counts():
-    "The numbers of exercises and mistakes in the README are those of the catalogue; no chapter (all lessons of a number) has fewer than four."
+    "The numbers of exercises and mistakes in the README are those of the catalogue; no chapter (lessons of a number) has fewer than four."
     rows, text = catalog(ROOT/"lessons"), (ROOT/"README.md").read_text(encoding="utf-8")
     traps = sum(o["traps"] for o in rows)
     assert f"**{len(rows)} exercises**" in text and f"**{traps} known mistakes**" in text and traps>=60
