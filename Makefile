@@ -50,8 +50,8 @@ bench: $(VENV)/.runtime ## measure training, generation and tokenising on this m
 	$(BIN)/nanogpt bench data
 	@test -f $(RIVAL) || { echo "==> Fetching nanoGPT, to race it …"; git clone --quiet --depth 1 https://github.com/karpathy/nanoGPT $(dir $(RIVAL)); } || \
 		{ echo "nanoGPT could not be fetched: name a model.py you have with make bench RIVAL=path/to/model.py"; exit 1; }
-	@echo "==> Racing nanoGPT: two shapes, ten rounds each (about ten minutes on two cores; 15 GB of memory) …"
-	$(BIN)/nanogpt bench race --versus $(RIVAL)
+	@echo "==> Racing nanoGPT: two shapes, five rounds each (about ten minutes on two cores; 15 GB of memory) …"
+	$(BIN)/nanogpt bench race --rounds 5 --versus $(RIVAL)
 
 notebooks: $(VENV)/.dev ## write nanogpt/ and lessons/ from nbs/ and clean the notebooks (run it before you commit)
 	@echo "==> Exporting nbs/ to nanogpt/, cleaning the notebooks, building lessons/ …"

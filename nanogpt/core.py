@@ -187,6 +187,10 @@ def peak_memory_bytes()->int: # bytes
     "The most memory this process has held so far (on a GPU: its own peak)."
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    try: lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError: lines = []
+    for o in lines:
+        if o.startswith("VmHWM:"): return int(o.split()[1])*1024 # getrusage would count the process that started this one too
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform=="darwin" else 1024)
 
