@@ -6,7 +6,6 @@
 __all__ = ['one_by_one', 'together', 'PaceConfig', 'bench_eval', 'pace_text', 'run_bench_eval']
 
 # %% ../nbs/39b_pace.ipynb #fd581a46
-import json
 import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from .core import ConfigError, pick_device, seed
 from .corpus import choices
 from .evals import score
 from .model import GPT
-from .settings import arg
+from .settings import arg, show
 from .tokenizer import get_tokenizer
 
 # %% ../nbs/39b_pace.ipynb #c2b3a0aa
@@ -112,6 +111,5 @@ def pace_text(
 def run_bench_eval(
     cfg:PaceConfig, # what to measure
 ):
-    "Print one result to stdout, for people or for programs."
-    row = bench_eval(cfg)
-    print(json.dumps(row) if cfg.json else pace_text(row))
+    "The verb `bench eval`."
+    show(row := bench_eval(cfg), pace_text(row), cfg.json)

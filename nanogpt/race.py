@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'rival_step', 'rival', 'RaceConfig', 'race', 'race_text', 
 import json
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -67,7 +67,9 @@ def rival(
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     def heard():
         if not child.stdout.readline(): raise NanoError(f"the rival in {path} has ended", "look at its own message above")
-    def step(): print(file=child.stdin, flush=True); heard()
+    def step():
+        with suppress(BrokenPipeError): print(file=child.stdin, flush=True) # `heard` says that it is gone
+        heard()
     try: heard(); yield step
     finally: child.kill(); child.communicate()
 

@@ -64,7 +64,7 @@ class FitConfig:
     dtype:str = arg("auto", "numbers of the matrix products", choices=("auto", "float32", "bfloat16"))
     compile:bool = arg(True, "compile the model: about a minute first, then faster steps")
     kernel:str = arg("auto", "attention kernel; auto measures both once", choices=("auto", *KERNELS))
-    recompute:bool = arg(False, "compute what a block did again instead of keeping it: less memory, about a third more work")
+    recompute:bool = arg(False, "compute what a block did again instead of keeping it: less memory, for one more forward pass")
 
     def __post_init__(self):
         positive = "seq_len micro_batch batch_tokens clip lr muon_lr epochs eval_batches".split()
