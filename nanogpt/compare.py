@@ -8,10 +8,13 @@ __all__ = ['run_report']
 # %% ../nbs/40b_compare.ipynb #625b2d8b
 from .checkpoint import load_model
 from .commands import show
+from .corpus import HELD
 from .page import ReportConfig, write_report
 from .passport import diff, diff_text
 from .sample import SampleConfig
 from .speedrun import questions, side_by_side
+from .suite import tuned_on
+from .template import load_template
 
 # %% ../nbs/40b_compare.ipynb #a2d8aac9
 def _ask(cfg):
@@ -19,7 +22,10 @@ def _ask(cfg):
     if not cfg.ask: return []
     model,tok = load_model(cfg.after)
     knobs = SampleConfig(temperature=.3, max_tokens=120, seed=cfg.seed)
-    return side_by_side(cfg.before, cfg.after, questions(cfg.ask, cfg.seed, tok, model.cfg.block_size-32), knobs)
+    source,folder = cfg.ask,tuned_on(cfg.after)
+    if folder and source=="dolly": source = f"{folder}/{HELD}" # what was held out there is another part
+    talks = questions(source, cfg.seed, load_template(cfg.after, tok), model.cfg.block_size-32)
+    return side_by_side(cfg.before, cfg.after, talks, knobs)
 
 def run_report(
     cfg:ReportConfig, # which runs, and where to write

@@ -162,19 +162,22 @@ def metric(
     low:float,   # lower end of the 95 % interval
     high:float,  # upper end
     version:int=1, # changes when the meaning of the number does
+    **told,      # what else must be the same for two numbers to be compared
 )->dict:
     "One measured number with everything needed to read it."
-    return dict(task=task, metric=name, version=version, value=value, n=n, low=low, high=high)
+    return dict(task=task, metric=name, version=version, value=value, n=n, low=low, high=high, **told)
 
 def share(
     task:str,   # which task
     name:str,   # which of its metrics
     hits:list,  # one bool per item
     version:int=1, # changes when the meaning of the number does
-)->dict:        # a metric
+    **told,     # what else must be the same for two numbers to be compared
+)->dict:        # a metric, with a letter for each item: two models asked the same can be compared pair by pair
     "The share of items that were right, with Wilson's interval."
     if not hits: raise ConfigError(f"{task} has no items", "raise --limit, or check the file")
-    return metric(task, name, sum(hits)/len(hits), len(hits), *wilson(sum(hits), len(hits)), version)
+    each = "".join("01"[bool(h)] for h in hits)
+    return metric(task, name, sum(hits)/len(hits), len(hits), *wilson(sum(hits), len(hits)), version, hits=each, **told)
 
 # %% ../nbs/15_evals.ipynb #82866d6d
 def asked(
@@ -196,7 +199,8 @@ def exact(
     "The share of questions whose greedy answer is the reference, token for token, end mark included."
     hits = [s.greedy for s in score(model, [asked(template, conversation(row)["messages"]) for row in items])]
     names = sorted({r["category"] for r in items})
-    return [share(task, name, [h for h,r in zip(hits, items, strict=True) if r["category"]==name]) for name in names]
+    pick = lambda name: [h for h,r in zip(hits, items, strict=True) if r["category"]==name]
+    return [share(task, name, pick(name), form=template.form) for name in names]
 
 # %% ../nbs/15_evals.ipynb #f796097a
 def answer_loss(
@@ -217,4 +221,4 @@ def answer_loss(
     blind = len(talks)-len(counts)
     if blind: say(f"{task}: {blind} of {len(talks)} conversations have no answer within {model.cfg.block_size} tokens")
     mean,low,high = mean_interval(sums, counts)
-    return metric(task, "val_loss", mean, len(counts), low, high)
+    return metric(task, "val_loss", mean, len(counts), low, high, form=template.form)

@@ -15,8 +15,8 @@ from math import ceil
 from pathlib import Path
 
 from .bulk import STATE, _entry, alone, resume
-from .core import ConfigError, DataError, read_json, say, write_json
-from .corpus import parse_mix
+from .core import ConfigError, DataError, read_json, say, write_atomic, write_json
+from .corpus import HELD, parse_mix
 from .quality import groups, quality, quality_text, split_talks
 from .readers import FORMATS, _sources, read_talks
 from .settings import arg, settings
@@ -154,12 +154,14 @@ def write_talk_shards(
     val:list,           # those held out
     state:dict,         # of `resume`; changed in place
 ):
-    "val.bin, then train-00000.bin … from the first missing one on, and the state after each."
+    "The held-out side as text and as val.bin, then train-00000.bin … from the first missing one on, and the state after each."
     tok = template.tok
     def write(name, talks):
         rows = (template.render(t["messages"]) for t in talks)
         return _entry(cfg.out/name, write_shard(cfg.out/name, rows, tok.fingerprint, tok.n_vocab, mask=True))
     if not state["val"]:
+        text = "".join(json.dumps(dict(messages=t["messages"], category=t.get("category", "")), ensure_ascii=False)+"\n" for t in val)
+        write_atomic(cfg.out/HELD, lambda tmp: tmp.write_text(text, encoding="utf-8"))
         state["val"] = write("val.bin", val); write_json(cfg.out/STATE, state)
     if state["shards"]: say(f"going on after {len(state['shards'])} finished shards")
     for k in range(len(state["shards"]), ceil(len(train)/cfg.shard_rows)):

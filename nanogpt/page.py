@@ -230,7 +230,7 @@ class ReportConfig:
     after:Path|None = arg(None, "the run that was made of it")
     out:Path|None = arg(None, "the folder for report.html and report.md")
     price_per_hour:float = arg(0., "what an hour of the machine costs, in your currency; 0: no price on the page")
-    ask:str = arg("", "ask both a held-out prompt of each category of this corpus (dolly, tales), and show the answers")
+    ask:str = arg("", "ask both a held-out prompt of each category of this corpus (dolly, tales, a file), and show the answers")
     diff:Path|None = arg(None, "a run; with --against, or a second path behind it, show what differs between the two")
     against:Path|None = arg(None, "the other run for --diff")
     seed:int = arg(0, "for --ask: chooses the prompts and the words")

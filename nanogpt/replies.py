@@ -17,7 +17,6 @@ from .model import GPT
 from .sample import SampleConfig, complete
 from .suite import TASKS
 from .template import Template
-from .tokenizer import Tokenizer
 
 # %% ../nbs/16c_replies.ipynb #2eb5e0a4
 def prompts()->list: # dicts with instruction, context, category, form, and reference or None
@@ -80,13 +79,13 @@ def marks(
 
 def answer(
     model:GPT,        # any GPT
-    tok:Tokenizer,    # its vocabulary
+    template:Template, # its vocabulary, and the form in which it is asked
     cfg:SampleConfig, # the knobs and the seed, the same for all models that are compared
     n:int=24,         # how many prompts
 )->list:              # the prompts, each with text, reason and its marks
-    "Ask the fixed prompts in chat form; the same seed gives every model the same dice."
+    "Ask the fixed prompts; the same seed gives every model the same dice."
     asked = prompts()[:n]
-    said = complete(model, tok, [Template(tok).prompt(conversation(dict(p, response="-"))["messages"][:1]) for p in asked], cfg)
+    said = complete(model, template.tok, [template.prompt(conversation(dict(p, response="-"))["messages"][:1]) for p in asked], cfg)
     return [dict(p, text=s.text, reason=s.reason, **marks(p, s.text, s.reason)) for p,s in zip(asked, said, strict=True)]
 
 # %% ../nbs/16c_replies.ipynb #5b6820d2
@@ -103,7 +102,9 @@ def quality_metrics(
             out.append(metric(QUALITY, name, mean, len(values), max(0., low), high))
     return out
 
-def _quality(model, tok, n, seed): return quality_metrics(answer(model, tok, SampleConfig(temperature=.3, max_tokens=100, seed=seed), n))
+def _quality(model, template, n, seed):
+    answers = answer(model, template, SampleConfig(temperature=.3, max_tokens=100, seed=seed), n)
+    return [dict(m, form=template.form) for m in quality_metrics(answers)]
 
 QUALITY = "quality" # the task's name, for `nanogpt eval --tasks`
 TASKS[QUALITY] = _quality

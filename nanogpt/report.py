@@ -55,7 +55,7 @@ def reason(
     after:dict,  # the same of another model
 )->str:          # "" when they can be compared
     "Why two numbers must not be compared, in words."
-    for key,word in (("version", "version"), ("n", "number of items"), ("seed", "seed"), ("items", "items")):
+    for key,word in dict(version="version", n="number of items", seed="seed", items="items", form="form of the questions").items():
         if before.get(key)!=after.get(key): return f"not the same {word}"
     numbers = [o.get(k) for o in (before, after) for k in ("value","low","high")]
     finite = all(isinstance(v, (int,float)) and math.isfinite(v) for v in numbers)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .checkpoint import load_model
 from .core import ConfigError, Dist, peak_memory_bytes, read_json, read_log, say, write_json
-from .corpus import conversation, parse_mix, rows
+from .corpus import conversation, conversations, parse_mix, rows
 from .page import write_report
 from .passport import metered
 from .pretrain import TrainConfig, pretrain
@@ -29,7 +29,6 @@ from .sft import SFTConfig, tune
 from .stories import STORIES
 from .suite import measure
 from .template import Template, load_template
-from .tokenizer import Tokenizer
 
 # %% ../nbs/40_speedrun.ipynb #50dcb9aa
 @dataclass(frozen=True)
@@ -97,32 +96,33 @@ def sampler(
     return sample
 
 def questions(
-    corpus:str,    # name of a set of instruction rows
+    corpus:str,    # name of a set of conversations, or a file of them
     seed:int,      # chooses them
-    tok:Tokenizer, # counts
+    template:Template, # renders, to count
     room:int,      # most tokens of a prompt
-)->list:           # one row of each category
-    "Held-out rows, the first of each category whose prompt fits."
-    found,seen,template = {},set(),Template(tok)
-    for row in islice(rows(corpus, "test", seed), 2000):
-        seen.add(row["category"])
-        if row["category"] in found: continue
-        if len(template.prompt(conversation(row)["messages"][:1]))<=room: found[row["category"]] = row
+)->list:           # a conversation of each category
+    "Held-out questions, the first of each category whose prompt fits."
+    found,seen = {},set()
+    talks = map(conversation, rows(corpus, "test", seed)) if corpus=="tales" else conversations(corpus, "test", seed)
+    for talk in islice(talks, 2000):
+        seen.add(kind := talk["category"])
+        if kind not in found and len(template.prompt(talk["messages"][:1]))<=room: found[kind] = talk
     if seen-found.keys(): say(f"no prompt of {', '.join(sorted(seen-found.keys()))} fits {room} tokens")
     return [found[k] for k in sorted(found)]
 
 def side_by_side(
     before:Path, # a model
     after:Path,  # another
-    items:list,  # rows
+    talks:list,  # conversations; their first question is asked
     cfg:SampleConfig, # the knobs, the same for both
 )->list:         # dicts with category, prompt, reference, before, after
-    "The same prompts and the same seed, asked of two models."
-    asked = [conversation(r)["messages"] for r in items]
-    out = [dict(category=r["category"], prompt=m[0]["content"], reference=m[1]["content"]) for r,m in zip(items, asked, strict=True)]
+    "The same prompts and the same seed, asked of two models in the form that the second was tuned in."
+    asked = [t["messages"] for t in talks]
+    out = [dict(category=t["category"], prompt=m[0]["content"], reference=m[1]["content"]) for t,m in zip(talks, asked, strict=True)]
     for key,path in (("before", before), ("after", after)):
         model,tok = load_model(path)
-        texts = generate(model, tok, [Template(tok).prompt(m[:1]) for m in asked], cfg)
+        template = load_template(after, tok)
+        texts = generate(model, tok, [template.prompt(m[:1]) for m in asked], cfg)
         for o,text in zip(out, texts, strict=True): o[key] = text
     return out
 
@@ -143,7 +143,7 @@ def _named(metrics):
     out = {}
     for m in metrics:
         name = m["metric"] if m["metric"] not in out else f"{m['task']}_{m['metric']}"
-        out[name] = {k:m[k] for k in ("value","n","low","high","version")}
+        out[name] = {k:m[k] for k in ("value","n","low","high","version","hits") if k in m}
     return out
 
 def _short(text, n): text = " ".join(text.split()); return text if len(text)<=n else text[:n-1]+"…"
@@ -162,11 +162,11 @@ def make_card(
         card["tokens"] += last["tokens"]; card["training_seconds"] += last["seconds"]
     for key,run in (("before", plan.base.out), ("after", plan.tuned.out)):
         say(f"measuring {run}")
-        card[key] = _named(measure(*load_model(run), plan.tasks, plan.limit, plan.base.seed))
-    model,tok = load_model(plan.tuned.out)
+        model,tok = load_model(run)
+        card[key] = _named(measure(model, load_template(plan.tuned.out, tok), plan.tasks, plan.limit, plan.base.seed))
     knobs = SampleConfig(temperature=.3, max_tokens=120, seed=plan.base.seed)
-    items = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed, tok, model.cfg.block_size-32)
-    card["samples"] = side_by_side(plan.base.out, plan.tuned.out, items, knobs)
+    talks = questions(parse_mix(plan.tuned.corpus)[0][0], plan.base.seed, load_template(plan.tuned.out, tok), model.cfg.block_size-32)
+    card["samples"] = side_by_side(plan.base.out, plan.tuned.out, talks, knobs)
     speed = card["tokens"]/card["training_seconds"]
     peak = max(o.get("peak_memory_bytes", 0) for run in (plan.base.out, plan.tuned.out) for o in read_log(run, "note"))
     card.update(seconds=time.time()-started, tokens_per_second=speed, peak_memory_bytes=max(peak, peak_memory_bytes()))

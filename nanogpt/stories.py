@@ -17,7 +17,6 @@ from .sample import SampleConfig, generate
 from .suite import TASKS
 from .tales import World, pool
 from .template import Template
-from .tokenizer import Tokenizer
 from .words import DATA, side
 
 # %% ../nbs/16b_stories.ipynb #2a110dc2
@@ -75,17 +74,17 @@ def granted(
 # %% ../nbs/16b_stories.ipynb #a3a73724
 def creative_writing(
     model:GPT,     # to be measured
-    tok:Tokenizer, # its tokenizer
+    template:Template, # how wishes are put
     n:int,         # wishes
     seed:int=0,    # chooses them
 )->list:           # one metric
     "The share of held-out wishes answered by a tale without a slip that has in it what was wished for."
     wishes = list(islice((r for r in rows("tales", "test", seed) if r["category"]=="creative_writing"), n))
     asked = [conversation(r)["messages"][:1] for r in wishes]
-    knobs,template,texts = SampleConfig(temperature=0., max_tokens=100),Template(tok),[]
-    for i in range(0, n, 50): texts += generate(model, tok, [template.prompt(m) for m in asked[i:i+50]], knobs)
+    knobs,texts = SampleConfig(temperature=0., max_tokens=100),[]
+    for i in range(0, n, 50): texts += generate(model, template.tok, [template.prompt(m) for m in asked[i:i+50]], knobs)
     told = [(r["instruction"], read(text.strip())) for r,text in zip(wishes, texts, strict=True)]
-    return [share(STORIES, "creative_writing", [bool(world) and granted(wish, world) for wish,world in told])]
+    return [share(STORIES, "creative_writing", [bool(world) and granted(wish, world) for wish,world in told], form=template.form)]
 
 STORIES = "stories" # the task's name, for `nanogpt eval --tasks` and for recipes
 TASKS[STORIES] = creative_writing

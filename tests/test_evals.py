@@ -18,6 +18,7 @@ from nanogpt.evals import score
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.pace import one_by_one, together
 from nanogpt.suite import last_word, last_words, measure
+from nanogpt.template import Template
 from nanogpt.tokenizer import Tokenizer
 
 # The harness itself makes the requests and counts; only what a token costs comes from our model, one request at a time.
@@ -184,7 +185,8 @@ def test_suite_says_what_is_missing(whole):
 def test_real_items(whole, data_home, monkeypatch):
     "Every real task reads its file, and a model of chance is at chance."
     monkeypatch.setenv("NANOGPT_DATA", str(data_home))
-    rows = measure(*load_model(whole), ("hellaswag", "arc_easy", "arc_challenge", "lambada"), limit=60)
+    model, tok = load_model(whole)
+    rows = measure(model, Template(tok), ("hellaswag", "arc_easy", "arc_challenge", "lambada"), limit=60)
     by = {(r["task"], r["metric"]): r for r in rows}
     assert {m for t, m in by if t=="hellaswag"}=={"acc", "acc_norm", "acc_completion", "acc_norm_completion"}
     assert by["lambada", "perplexity"]["value"]>1 and by["lambada", "acc"]["n"]==60
