@@ -26,8 +26,8 @@ test: $(VENV)/.dev ## run every test: notebooks, gates, and what notebooks canno
 	@echo "==> Running all tests (under 20 minutes on two cores) …"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-long: $(VENV)/.dev ## run what takes longer than minutes: the whole demo, held to its numbers
-	@echo "==> Running the long tests (about ten minutes on two cores) …"
+test-long: $(VENV)/.dev ## run what takes longer than minutes: the whole demo, many kills, the largest models that fit
+	@echo "==> Running the long tests (about half an hour on two cores) …"
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 lab: $(VENV)/.runtime ## open your own copy of the lessons in JupyterLab, at the start page
