@@ -34,7 +34,7 @@ def ticks(
     return [round(i*step, 10) for i in range(math.ceil(low/step-1e-9), math.floor(high/step+1e-9)+1)]
 
 # %% ../nbs/18b_chart.ipynb #5da3a99b
-BOX = (46, 348, 12, 186) # of a curve: left, right, top, bottom
+BOX = (46, 334, 12, 186) # of a curve: left, right, top, bottom
 
 def _axes(xs, ys, X, Y):
     "Lines across at round values, and what they are, in words of the class `scale`."

@@ -15,7 +15,7 @@ from .chart import curve, strip
 from .core import ConfigError, write_atomic, write_json
 from .layout import Drawing, Name, Picture, Section, Table, Texts, Words, as_html, as_markdown
 from .passport import Run, asked, history, measured, open_runs, with_card
-from .report import LESS, NEITHER, Place, judge, reason
+from .report import LESS, NEITHER, VERDICTS, Place, judge, reason
 from .settings import arg
 
 # %% ../nbs/18d_page.ipynb #7142e971
@@ -41,8 +41,7 @@ def verdicts(
     return out
 
 # %% ../nbs/18d_page.ipynb #5fee7f2e
-SIGNS = {"better":"▲ better", "worse":"▼ worse", "higher":"△ higher", "lower":"▽ lower", "unclear":"≈ unclear",
-         "not comparable":"≠ not comparable"}
+SIGNS = dict(zip(VERDICTS, ("▲ better", "▼ worse", "△ higher", "▽ lower", "≈ unclear", "≠ not comparable"), strict=True))
 
 def _sign(word): return Name(SIGNS[word], f"verdict {word if word in ('better','worse') else 'plain'}")
 
@@ -52,11 +51,12 @@ def _finite(o):
 def _values(name, places, look):
     "The two values, both intervals as a picture, and how many items; and how to show a change."
     inside = lambda p,k: Place(p.file, p.line, (*p.keys, k))
-    known = [look.look(p) if p else None for p in places]
-    drawn = [o if _finite(o) else None for o in known]
-    share = not name.endswith(LESS+NEITHER) and all(0<=o["low"]<=o["high"]<=1 for o in drawn if o)
+    drawn = [o if _finite(o) else None for o in (look.look(p) if p else None for p in places)]
+    named = not name.endswith(LESS+NEITHER) and all(0<=o["low"]<=o["high"]<=1 for o in drawn if o)
+    share = named or all(o.get("hits") for o in drawn if o)
     most = max([o["high"] for o in drawn if o], default=1.)
-    show,gain = ("share","points") if share else ("three","gain") if most<20 else ("one","small gain")
+    size = "three" if most<20 else "one" if most<1e5 else "rough"
+    show,gain = ("share","points") if share else (size, dict(three="gain", one="small gain", rough="rough gain")[size])
     top = 1. if share else 1.05*most
     value = lambda p,o: (look.fact(show if o else "word", inside(p, "value")),) if p else ("not measured",)
     picture = Drawing(strip(*drawn, top or 1., f"Intervals of {name} before and after"))

@@ -130,10 +130,12 @@ SHOW = { # name → how a value is written
     "round": lambda v: f"{v:,.0f}",
     "three": lambda v: f"{v:.3f}",
     "one": lambda v: f"{v:.1f}",
+    "rough": lambda v: f"{v:.1e}",
     "two": lambda v: f"{v:,.2f}",
     "share": lambda v: f"{100*v:.1f} %",
     "gain": lambda v: f"{v:+.3f}".replace("-", "−"),
     "small gain": lambda v: f"{v:+.1f}".replace("-", "−"),
+    "rough gain": lambda v: f"{v:+.1e}".replace("-", "−"),
     "points": lambda v: f"{100*v:+.1f}".replace("-", "−"),
     "gigabytes": lambda v: f"{v/1e9:.2f} GB"}
 

@@ -1,8 +1,11 @@
 "The report in docs/ says what its record says, in both languages, and its commands are the README's."
+import gzip
 import importlib.util
 import json
 import re
+import shlex
 import sys
+from itertools import islice
 
 import pytest
 from conftest import ROOT
@@ -54,6 +57,33 @@ def test_readme_shows_the_table():
     rows = list(experiment.rows(RECORD, experiment.README))
     text = (ROOT/"README.md").read_text(encoding="utf-8")
     assert "\n".join(rows) in text and len(rows)==7
+
+SMALL = dict(pretrain="--steps 4 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 400 --tokenizer_bytes 40000 --corpus_tokens 6000 --eval_every 2",
+             sft="--epochs 1 --steps 4 --eval_every 2", eval="--limit 4")
+
+def test_the_recipe_in_small(tmp_path, monkeypatch, capsys):
+    "The recipe's own commands, in order, with fewer steps: on texts of our own that lie where the real ones would."
+    from nanogpt import cli, corpus
+    names = corpus.REGISTRY
+    for name in ("fineweb-edu", "enwiki", "austen", "dolly"):
+        path = tmp_path/"data"/names[name][0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        talks, texts = islice(corpus.rows("tales", seed=3), 150), islice(corpus.documents("tales", seed=len(name)), 40)
+        lines = [json.dumps(r) for r in (talks if name=="dolly" else ({"text": t} for t in texts))]
+        if name=="austen": path.mkdir(); path = path/"novel.jsonl"
+        if path.suffix==".gz": path.write_bytes(gzip.compress("\n".join(lines).encode()))
+        elif path.suffix==".txt": path.write_text("\n\n".join(islice(corpus.documents("tales", seed=9), 40)))
+        else: path.write_text("\n".join(lines))
+    monkeypatch.setenv("NANOGPT_DATA", str(tmp_path/"data"))
+    monkeypatch.chdir(tmp_path)
+    for line in experiment.RECIPE:
+        words = shlex.split(line)[1:]
+        assert not cli.main([*words, *shlex.split(SMALL.get(words[0], ""))]), line
+    held = {t["messages"][0]["content"] for t in corpus.records(tmp_path/"runs/talks/held-out.jsonl")}
+    asked = json.loads((tmp_path/"runs/report/report.json").read_text())["samples"]
+    assert asked and {o["prompt"] for o in asked} <= held
+    page = (tmp_path/"runs/report/report.html").read_text(encoding="utf-8")
+    assert "dolly val_loss" in page and "not the same items" not in page               # base and tuned were asked the same
 
 def test_record_is_whole():
     "Every metric has items and intervals around its values; HellaSwag was asked whole; verdicts are those of the intervals."
