@@ -58,7 +58,7 @@ def test_readme_shows_the_table():
     text = (ROOT/"README.md").read_text(encoding="utf-8")
     assert "\n".join(rows) in text and len(rows)==7
 
-SMALL = dict(pretrain="--steps 4 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 400 --tokenizer_bytes 40000 --corpus_tokens 6000 --eval_every 2",
+SMALL = dict(pretrain="--steps 4 --n_layer 1 --n_head 2 --n_embd 16 --vocab_size 400 --tokenizer_bytes 40000 --corpus_tokens 6000",
              sft="--epochs 1 --steps 4 --eval_every 2", eval="--limit 4")
 
 def test_the_recipe_in_small(tmp_path, monkeypatch, capsys):
