@@ -171,7 +171,7 @@ class Decoder:
         cfg:SampleConfig, # the knobs
         dice:list,        # one random.Random per prompt
     ):
-        p,n = next(model.parameters()),[len(o) for o in prompts]
+        p,n = model.transformer.ln_f.weight,[len(o) for o in prompts]  # in the numbers of the stream: a table of tokens may have fewer bits
         self.model,self.cfg,self.V = model,cfg,tok.n_vocab
         self.rows = list(range(len(prompts)))                         # which prompt each row of the batch belongs to
         length = min(model.cfg.block_size, max(n)+cfg.max_tokens)
