@@ -37,7 +37,7 @@ VERBS = {
     "ckpt latest": ("commands.CkptConfig", "ckpt_latest", "the newest valid checkpoint"),
     "ckpt verify": ("commands.CkptConfig", "ckpt_verify", "is the newest checkpoint whole?"),
     "bench train": ("bench.BenchConfig", "bench.run_train", "speed of a training step"),
-    "bench generate": ("bench.BenchConfig", "bench.run_generate", "speed of generation"),
+    "bench generate": ("talk.TalkConfig", "talk.run_talk", "speed of generation; --against transformers,llamacpp: beside theirs"),
     "bench eval": ("pace.PaceConfig", "pace.run_bench_eval", "items per second of an evaluation, beside one at a time"),
     "bench race": ("race.RaceConfig", "race.run_race", "speed of training beside nanoGPT"),
     "bench data": ("bench.DataBenchConfig", "bench.run_data", "speed of tokenising a corpus"),

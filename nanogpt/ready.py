@@ -65,9 +65,10 @@ def narrow(
 )->GPT:                # the same model
     "Linears and the table of tokens in 16 bits, all else as it was; a shared matrix stays shared."
     inside = [m for m in model.modules() if type(m) is nn.Linear]+[model.transformer.wte]
-    for p in {p for m in inside for p in m.parameters()}:
+    small = {p for m in inside for p in m.parameters()}
+    for p in model.parameters():
         p.requires_grad_(False)
-        p.data = p.data.to(dtype).contiguous()
+        p.data = p.data.to(dtype).contiguous() if p in small else p.data.clone() # a clone, so that a mapped file is let go
     swap(model, lambda n,m: type(m) is nn.Linear, Narrow)
     swap(model, lambda n,m: n=="transformer.wte", NarrowTable)
     return model.eval()
