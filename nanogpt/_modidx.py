@@ -696,6 +696,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nanogpt.settings': { 'nanogpt.settings._Parser': ('settings.html#_parser', 'nanogpt/settings.py'),
                                   'nanogpt.settings._Parser.error': ('settings.html#_parser.error', 'nanogpt/settings.py'),
                                   'nanogpt.settings._checked': ('settings.html#_checked', 'nanogpt/settings.py'),
+                                  'nanogpt.settings._owner': ('settings.html#_owner', 'nanogpt/settings.py'),
                                   'nanogpt.settings._parser': ('settings.html#_parser', 'nanogpt/settings.py'),
                                   'nanogpt.settings._unknown': ('settings.html#_unknown', 'nanogpt/settings.py'),
                                   'nanogpt.settings.arg': ('settings.html#arg', 'nanogpt/settings.py'),
