@@ -22,11 +22,12 @@ from .corpus import parse_mix
 from .data import prepare
 from .dist import LaunchConfig, launch, processes
 from .hub import save_hub
+from .knobs import SampleConfig
 from .model import count
 from .passport import keep_lines, metered
 from .pieces import BulkConfig
 from .pretrain import TrainConfig, pretrain, tokenizer_texts
-from .sample import SampleConfig, stream
+from .sample import stream
 from .settings import arg, show
 from .sft import SFTConfig, tune
 from .speedrun import SpeedrunConfig, card_text, sampler, speedrun
