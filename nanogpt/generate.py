@@ -47,10 +47,9 @@ WANTS = {"--prompts": ("--out", "to write the answers to, such as --out answers.
 def in_force(
     cfg, # a GenerateConfig
 )->set:  # flags
-    "Which of the flags that may clash somebody has asked for."
-    asked = {"--prompt": cfg.prompt is not None, "--prompts": cfg.prompts, "--out": cfg.out, "--stream yes": cfg.stream=="yes",
-             "--chat no": cfg.chat=="no", "--system": cfg.system}
-    return {k for k,v in asked.items() if v}
+    "What somebody has asked for: all that is not as it is by default; of a choice, with its value."
+    value = lambda f: f" {getattr(cfg, f.name)}" if f.metadata.get("choices") else ""
+    return {f"--{f.name}{value(f)}" for f in fields(cfg) if getattr(cfg, f.name)!=f.default}
 
 def check_flags(
     on:set, # of `in_force`
