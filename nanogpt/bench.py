@@ -147,7 +147,8 @@ def bench_generate(
     model,B,_,device = _model(replace(cfg, batch=cfg.batch or 1))
     if cfg.tokens+cfg.prompt>model.cfg.block_size:
         raise ConfigError(f"--tokens={cfg.tokens} after a prompt of {cfg.prompt} exceeds the context", "try --tokens 64 --prompt 32")
-    if device.dtype!="float32": model = narrow(model, getattr(torch, device.dtype)) if device.name=="cpu" else model.to(getattr(torch, device.dtype))
+    kind = getattr(torch, device.dtype)
+    if device.dtype!="float32": model = narrow(model, kind) if device.name=="cpu" else model.to(kind) # as `load_ready` does
     prompt = torch.randint(model.cfg.vocab_size, (B,cfg.prompt), device=device.name)
     first,seconds,_ = min((timed_answer(model.eval(), prompt, cfg.tokens) for _ in range(cfg.rounds+1)), key=lambda o: o[1])
     size = sum(p.numel()*p.element_size() for p in model.parameters())

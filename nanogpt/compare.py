@@ -8,9 +8,9 @@ __all__ = ['run_report']
 # %% ../nbs/40b_compare.ipynb #625b2d8b
 from .checkpoint import load_model
 from .commands import show
+from .knobs import SampleConfig
 from .page import ReportConfig, write_report
 from .passport import diff, diff_text
-from .sample import SampleConfig
 from .speedrun import questions, side_by_side
 
 # %% ../nbs/40b_compare.ipynb #a2d8aac9

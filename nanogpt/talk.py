@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -72,7 +73,8 @@ def transformers(
     return play
 
 # %% ../nbs/39d_talk.ipynb #7a1c0016
-_BLOCK = {"ln_1":"attn_norm", "attn.c_attn":"attn_qkv", "attn.c_proj":"attn_output", "ln_2":"ffn_norm", "mlp.c_fc":"ffn_up", "mlp.c_proj":"ffn_down"}
+_BLOCK = {"ln_1":"attn_norm", "attn.c_attn":"attn_qkv", "attn.c_proj":"attn_output",
+          "ln_2":"ffn_norm", "mlp.c_fc":"ffn_up", "mlp.c_proj":"ffn_down"}
 _OUTSIDE = {"wte":"token_embd", "wpe":"position_embd", "ln_f":"output_norm"}
 
 def write_gguf(
@@ -83,16 +85,17 @@ def write_gguf(
     "For the race alone: llama.cpp's file of these weights, without a vocabulary."
     import gguf
     c,file = model.cfg,gguf.GGUFWriter(path, "gpt2")
-    for add,value in (("block_count",c.n_layer), ("context_length",c.block_size), ("embedding_length",c.n_embd), ("feed_forward_length",c.inner),
-                      ("head_count",c.n_head), ("layer_norm_eps",c.norm_eps), ("tokenizer_model","no_vocab"), ("vocab_size",c.vocab_size)):
-        getattr(file, f"add_{add}")(value)
+    facts = dict(block_count=c.n_layer, context_length=c.block_size, embedding_length=c.n_embd, feed_forward_length=c.inner,
+                 head_count=c.n_head, layer_norm_eps=c.norm_eps, tokenizer_model="no_vocab", vocab_size=c.vocab_size)
+    for name,value in facts.items(): getattr(file, f"add_{name}")(value)
     for name,p in model.named_parameters():
         stem,_,end = name.removeprefix("transformer.").rpartition(".")
         _,_,rest = stem.partition("h.")
         i,_,inside = rest.partition(".")
         w,number = p.detach().numpy(),gguf.GGMLQuantizationType.F32
         if p.dim()==2 and stem!="wpe": number = gguf.GGMLQuantizationType[kind.upper()]
-        file.add_tensor(f"blk.{i}.{_BLOCK[inside]}.{end}" if inside else f"{_OUTSIDE[stem]}.{end}", gguf.quants.quantize(w, number), raw_dtype=number)
+        theirs = f"blk.{i}.{_BLOCK[inside]}" if inside else _OUTSIDE[stem]
+        file.add_tensor(f"{theirs}.{end}", gguf.quants.quantize(w, number), raw_dtype=number)
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
@@ -120,8 +123,9 @@ def llamacpp(
     def step(context, rows, at):
         "The rows' next tokens, which begin at place `at`; the best id after each row."
         last,batch.n_tokens = [],len(rows)*len(rows[0])
-        for k,(b,t) in enumerate((b,t) for b in range(B) for t in range(len(rows[b]))):
-            batch.token[k],batch.pos[k],batch.n_seq_id[k],batch.seq_id[k][0],batch.logits[k] = rows[b][t],at+t,1,b,t==len(rows[b])-1
+        for k,(b,t) in enumerate(product(range(B), range(len(rows[0])))):
+            batch.token[k],batch.pos[k],batch.n_seq_id[k],batch.seq_id[k][0] = rows[b][t],at+t,1,b
+            batch.logits[k] = t==len(rows[0])-1                            # scores after the last one alone
             if batch.logits[k]: last.append(k)
         if C.llama_decode(context, batch): raise NanoError("llama.cpp could not go on", "try a shorter --prompt")
         return [[int(np.ctypeslib.as_array(C.llama_get_logits_ith(context, k), (V,)).argmax())] for k in last]
@@ -138,7 +142,8 @@ def llamacpp(
     return play
 
 # %% ../nbs/39d_talk.ipynb #7a1c0019
-PLAYERS = {"ours": (ours, {"float32":4, "bfloat16":2, "int8":1}, ()),                  # what plays, its kinds with the bytes of a weight, what it needs
+# what plays, its kinds of numbers with the bytes of a weight, the packages that it needs
+PLAYERS = {"ours": (ours, {"float32":4, "bfloat16":2, "int8":1}, ()),
            "transformers": (transformers, {"float32":4, "bfloat16":2}, ("transformers",)),
            "llamacpp": (llamacpp, {"f16":2, "q8_0":34/32}, ("llama_cpp","gguf"))}
 
@@ -156,7 +161,7 @@ def player(
     name:str, # a key of PLAYERS
     job:dict, # kind, folder with the weights, prompt (B lists of ids), tokens, vocab_size, threads
 ):
-    "A process that plays for each call of the function this gives: seconds to the first token, for the rest, and ids; raises NanoError when it has died."
+    "A process that plays once for each call of the function this gives; raises NanoError when it has died."
     words = [sys.executable, "-c", "from nanogpt.talk import _serve; _serve()", json.dumps([name, job])]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     def heard():
@@ -172,14 +177,14 @@ def player(
 @dataclass(frozen=True, kw_only=True)
 class TalkConfig(BenchConfig):
     "Measure generation on this machine, alone or in turns with other programs."
-    against:str = arg("", "others to race, comma between: transformers, llamacpp; all run on the processor, each in its kinds of numbers")
+    against:str = arg("", "whom to race, comma between: transformers, llamacpp; on the processor, each in its own kinds of numbers")
     def __post_init__(self):
         super().__post_init__()
         for name in self.rivals():
             if name not in PLAYERS or name=="ours":
                 raise ConfigError(f"--against={self.against}: {name!r} is nobody we can race", "try --against transformers,llamacpp")
             if any(not find_spec(o) for o in PLAYERS[name][2]):
-                raise ConfigError(f"{name} is not installed here", "pip install 'nanogpt[bench]' (in a checkout: pip install -c constraints.txt -e '.[bench]')")
+                raise ConfigError(f"{name} is not installed here", "pip install -c constraints.txt -e '.[bench]', in the checkout")
         if self.against and (T := self.prompt+self.tokens+1)>(room := SHAPES[self.shape][0]().block_size):
             raise ConfigError(f"--prompt and --tokens make {T} tokens, the context is {room}", "try --prompt 32 --tokens 64")
         if self.against and SHAPES[self.shape][0]().position!="learned": # GPT-2's family is what all of them know
@@ -199,11 +204,12 @@ def read_speed(
 def talk(
     cfg:TalkConfig, # whom to race
 )->list:            # a row for each player and kind
-    "All players in turns: seconds to the first token, tokens a second, the share of the memory's speed, and how many tokens are ours in float32."
+    "All players in turns: their speeds, the share of the memory's, and how many of their tokens are ours in float32."
     if cfg.threads: torch.set_num_threads(cfg.threads)
     seed(0)
     shape = replace(SHAPES[cfg.shape][0](), init_std=.05) # large, or a fresh model does nothing but repeat its last token
-    model,B,names = GPT(shape).eval(),cfg.batch or 1,[(name,k) for name in ("ours", *cfg.rivals()) for k in PLAYERS[name][1]]
+    model,B = GPT(shape).eval(),cfg.batch or 1
+    names = [(name,k) for name in ("ours", *cfg.rivals()) for k in PLAYERS[name][1]]
     prompt = torch.randint(model.cfg.vocab_size, (B,cfg.prompt)).tolist()
     best,said,yardstick = {},{},read_speed()
     with TemporaryDirectory() as home, ExitStack() as stack:
@@ -237,10 +243,12 @@ def talk_text(
     rows:list, # of `talk`
 )->str:
     "A Markdown table for people."
-    head = f"| {rows[0]['shape']}, batch {rows[0]['batch']} | first token, ms | prompt, tokens/s | tokens/s | of the memory's {rows[0]['bandwidth']/1e9:.0f} GB/s | same tokens |"
+    r = rows[0]
+    head = f"| {r['shape']}, batch {r['batch']} | first token, ms | prompt/s | tokens/s | of {r['bandwidth']/1e9:.0f} GB/s | same tokens |"
     line = "|:--|--:|--:|--:|--:|--:|"
-    return "\n".join([head, line, *(f"| {r['player']} {r['kind']} | {1e3*r['prefill_seconds']:.0f} | {r['prefill_tokens_per_second']:,.0f} | "
-                              f"{r['tokens_per_second']:,.1f} | {r['bandwidth_share']:.0%} | {r['same']:.0%} |" for r in rows)])
+    cells = lambda r: (f"{r['player']} {r['kind']}", f"{1e3*r['prefill_seconds']:.0f}", f"{r['prefill_tokens_per_second']:,.0f}",
+                       f"{r['tokens_per_second']:,.1f}", f"{r['bandwidth_share']:.0%}", f"{r['same']:.0%}")
+    return "\n".join([head, line, *(f"| {' | '.join(cells(r))} |" for r in rows)])
 
 def run_talk(
     cfg:TalkConfig, # what to measure
