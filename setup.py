@@ -21,7 +21,7 @@ setup(
     # the built lessons stand beside the package in a checkout and travel inside it in a wheel
     packages=[*find_packages(include=[lib, lib + ".*"]), lib + ".course_lessons"], package_dir={lib + ".course_lessons": "lessons"},
     package_data={lib: kinds + ["**/" + k for k in kinds], lib + ".course_lessons": ["*.ipynb"]},
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split()},
+    install_requires=cfg["requirements"].split(), extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "bench")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
     zip_safe=False,
 )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['save_folder', 'verify', 'checkpoints', 'latest', 'prune', 'Saver', 'rng_state', 'set_rng_state', 'model_tensors',
-           'optimizer_tensors', 'load_optimizer', 'save_tensors', 'save_model', 'load_weights', 'find_model',
-           'load_model', 'model_tokenizer']
+           'optimizer_tensors', 'load_optimizer', 'save_tensors', 'save_model', 'load_weights', 'map_weights',
+           'find_model', 'load_model', 'model_tokenizer']
 
 # %% ../nbs/10_checkpoint.ipynb #2c8e3eab
 import hashlib
@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import CheckpointError, ConfigError, DiskError, Dist, DivergedError, NanoError, read_json, say, sync_folder, write_json
-from .hub import fetch, foreign, foreign_tokenizer, load_foreign
+from .hub import adopt, fetch, foreign, foreign_tokenizer, load_foreign
 from .model import GPT, GPTConfig
 from .settings import settings
 from .tokenizer import Tokenizer, get_tokenizer
+from .weights import outline
 
 # %% ../nbs/10_checkpoint.ipynb #c28e417f
 def _digest(path):
@@ -213,20 +214,33 @@ def save_model(
         tok.save(tmp/"tokenizer.json")
     save_folder(path, write)
 
-def load_weights(
-    model:GPT, # receives the weights
-    path:Path, # a .safetensors file
-    dist:Dist=None, # the processes among which the model is spread
-):
-    "Fill the model; raise CheckpointError, naming a tensor, when it is of another shape."
+def _fitting(model, path):
+    "The tensors of the file, which have the names and shapes of the model's."
     tensors,params = load_file(path),dict(model.named_parameters())
     for n in sorted(tensors.keys()|params.keys()):
         a,b = tensors.get(n),params.get(n)
         if a is None or b is None or a.shape!=b.shape:
             there,here = (None if o is None else tuple(o.shape) for o in (a,b))
             raise CheckpointError(f"{path}: {n} is {there} in the file and {here} in the model", "use the settings it was trained with")
+    return tensors
+
+def load_weights(
+    model:GPT, # receives the weights
+    path:Path, # a .safetensors file
+    dist:Dist=None, # the processes among which the model is spread
+):
+    "Fill the model; raise CheckpointError, naming a tensor, when it is of another shape."
+    params,tensors = dict(model.named_parameters()),_fitting(model, path)
     with torch.no_grad():
         for n,p in params.items(): p.copy_((dist or Dist()).part(tensors[n].to(p.device), p))
+
+def map_weights(
+    cfg:GPTConfig, # the shape of the model
+    path:Path,     # a .safetensors file
+)->GPT:
+    "A GPT whose weights are the file itself: read when first touched, and shared with every process that maps it too."
+    model = outline(cfg)
+    return adopt(model, _fitting(model, path))
 
 # %% ../nbs/10_checkpoint.ipynb #abe03d77
 def find_model(
@@ -254,8 +268,7 @@ def load_model(
     verify(found)
     known = {f.name for f in fields(GPTConfig)}
     cfg = GPTConfig(**{k:v for k,v in read_json(found/"config.json").items() if k in known})
-    model = GPT(cfg)
-    load_weights(model, found/"model.safetensors")
+    model = map_weights(cfg, found/"model.safetensors")
     return model.to(device).eval(), Tokenizer.load(found/"tokenizer.json")
 
 def model_tokenizer(

@@ -9,9 +9,10 @@ __all__ = ['run_report']
 from .checkpoint import load_model
 from .commands import show
 from .corpus import HELD
+from .knobs import SampleConfig
+
 from .page import ReportConfig, write_report
 from .passport import diff, diff_text
-from .sample import SampleConfig
 from .speedrun import questions, side_by_side
 from .suite import tuned_on
 from .template import load_template

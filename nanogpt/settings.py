@@ -104,17 +104,23 @@ def read_settings(
 class _Parser(ArgumentParser):
     def error(self, message): raise ConfigError(f"{self.prog}: {message}", f"see {self.prog} --help")
 
+def _owner(cls, name):
+    "The class that declares a setting: the lowest that has it."
+    return next(c for c in reversed(cls.__mro__) if name in getattr(c, "__dataclass_fields__", ()))
+
 def _parser(cls, prog, presets):
     p = _Parser(prog=prog, description=cls.__doc__, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    groups = {cls: p} # a class that lends its settings is a group of --help, under its own sentence
     p.add_argument("--config", metavar="FILE", help="settings from a TOML or JSON file")
     if presets: p.add_argument("--preset", metavar="NAME", help="a named set of settings: "+", ".join(presets))
     for f in fields(cls):
-        choices = f.metadata.get("choices")
+        if (owner := _owner(cls, f.name)) not in groups: groups[owner] = p.add_argument_group((owner.__doc__ or "").rstrip("."))
+        g,choices = groups[owner],f.metadata.get("choices")
         note = "required" if f.default is MISSING else f"default {str(f.default) or repr('')}"
         text = f"{f.metadata.get('help','')} ({'|'.join(choices)+'; ' if choices else ''}{note})".replace("%", "%%")
         bare = dict(nargs="?", const="true") if f.type in (bool, "bool") else {}
-        p.add_argument(f"--{f.name}", metavar="V", default=MISSING, help=text, **bare)
-        if bare: p.add_argument(f"--no_{f.name}", dest=f.name, action="store_const", const="false", default=MISSING, help="the opposite")
+        g.add_argument(f"--{f.name}", metavar="V", default=MISSING, help=text, **bare)
+        if bare: g.add_argument(f"--no_{f.name}", dest=f.name, action="store_const", const="false", default=MISSING, help="the opposite")
     return p
 
 def _checked(cls, given, where):

@@ -19,11 +19,13 @@ from pathlib import Path
 from .checkpoint import load_model
 from .core import ConfigError, Dist, peak_memory_bytes, read_json, read_log, say, write_json
 from .corpus import conversation, conversations, parse_mix, rows
+from .knobs import SampleConfig
+
 from .page import write_report
 from .passport import metered
 from .pretrain import TrainConfig, pretrain
 from .replies import QUALITY  # noqa: F401 - importing it makes the task known
-from .sample import SampleConfig, generate
+from .sample import generate
 from .settings import arg
 from .sft import SFTConfig, tune
 from .stories import STORIES

@@ -156,6 +156,8 @@ def test_unknown_names_the_nearest(words, near, refused, tmp_path):
     ("generate --model x --prompt x --max_tokens 0", "--max_tokens=0"),
     ("bench generate --tokens 0", "tokens"),
     ("bench generate --tokens 5000", "5000"),
+    ("bench generate --shape gpt2 --against nobody", "nobody"),
+    ("bench generate --shape tiny --against transformers", "tiny"),
     ("eval --model x --limit 0", "--limit=0"),
     ("eval --model x --tasks ,", "task"),
     ("speedrun --limit -3", "--limit=-3"),

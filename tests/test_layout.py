@@ -58,9 +58,9 @@ def test_metadata_comes_from_settings(wheel):
     assert (meta["Summary"], meta["Author"]) == (ini["description"], ini["author"])
     assert meta["Requires-Python"] == ">=" + ini["min_python"]
     names = lambda key: {re.split(r"[;<>=!~ ]", x)[0] for x in ini[key].split()}
-    required = {r.split(";")[0].strip(): r for r in meta.get_all("Requires-Dist")}
-    assert set(required) == names("requirements") | names("dev_requirements")
-    assert {n for n, r in required.items() if 'extra == "dev"' in r} == names("dev_requirements")
+    required = [(r.split(";")[0].strip(), r) for r in meta.get_all("Requires-Dist")]
+    assert {n for n, r in required if "extra ==" not in r} == names("requirements")
+    for extra in ("dev", "bench"): assert {n for n, r in required if f'extra == "{extra}"' in r} == names(f"{extra}_requirements")
     entry = next(v for k, v in wheel.items() if k.endswith("/entry_points.txt")).decode()
     assert "nanogpt = nanogpt.cli:main" in entry and "nanogpt = nanogpt._modidx:d" in entry
 
@@ -83,7 +83,7 @@ def test_every_dependency_is_pinned():
     assert all("==" in x for x in lines if x)
     pinned = {x.split("==")[0] for x in lines if x}
     ini = settings()
-    wanted = {re.split(r"[;<>=]", x)[0] for key in ("requirements", "dev_requirements") for x in ini[key].split()}
+    wanted = {re.split(r"[;<>=]", x)[0] for key in ("requirements", "dev_requirements", "bench_requirements") for x in ini[key].split()}
     assert pinned == wanted
     assert "torch==2.13.0" in lines
 

@@ -15,8 +15,9 @@ import torch
 
 from nanogpt.core import CheckpointError, ConfigError, DataError
 from nanogpt.corpus import conversations
+from nanogpt.knobs import SampleConfig, choose, top_p, warp
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.sample import SampleConfig, choose, complete, generate, stream, top_p, warp
+from nanogpt.sample import complete, generate, stream
 from nanogpt.settings import parse, settings
 from nanogpt.template import Template, shard_rows
 from nanogpt.terminal import Chat, chat_terminal
@@ -159,7 +160,8 @@ def test_the_same_text_in_another_process(tok, tmp_path, env):
 import json, sys, torch
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from test_sample import toy
-from nanogpt.sample import SampleConfig, generate
+from nanogpt.knobs import SampleConfig
+from nanogpt.sample import generate
 from nanogpt.tokenizer import Tokenizer
 tok = Tokenizer.load({str(tmp_path/'tokenizer.json')!r})
 print(json.dumps(generate(toy(tok), tok, [[1, 2], [3]], SampleConfig(temperature=1., max_tokens=20))))"""
@@ -212,7 +214,7 @@ import signal, sys, time, torch
 signal.signal(signal.SIGINT, signal.default_int_handler) # whoever started the tests may have it ignored
 sys.path.insert(0, {tests!r})
 from test_sample import toy
-from nanogpt.sample import SampleConfig
+from nanogpt.knobs import SampleConfig
 from nanogpt.terminal import chat_terminal
 from nanogpt.tokenizer import Tokenizer
 tok = Tokenizer.load({path!r})

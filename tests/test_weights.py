@@ -164,7 +164,8 @@ def stories(data_home):
 def test_stories_tell_their_story(stories, monkeypatch):
     "The real 260k Llama, found by its name, tells greedily what the C program tells."
     from nanogpt.checkpoint import load_model
-    from nanogpt.sample import SampleConfig, generate
+    from nanogpt.knobs import SampleConfig
+    from nanogpt.sample import generate
     monkeypatch.setenv("NANOGPT_DATA", str(stories.parents[1]))
     model, tok = load_model("stories260K")
     assert isinstance(tok, Scored) and count(hub.read_llama2c(stories/"stories260K.bin").cfg)==260_032
