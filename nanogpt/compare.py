@@ -10,7 +10,6 @@ from .checkpoint import load_model
 from .commands import show
 from .corpus import HELD
 from .knobs import SampleConfig
-
 from .page import ReportConfig, write_report
 from .passport import diff, diff_text
 from .speedrun import questions, side_by_side

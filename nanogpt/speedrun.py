@@ -20,7 +20,6 @@ from .checkpoint import load_model
 from .core import ConfigError, Dist, peak_memory_bytes, read_json, read_log, say, write_json
 from .corpus import conversation, conversations, parse_mix, rows
 from .knobs import SampleConfig
-
 from .page import write_report
 from .passport import metered
 from .pretrain import TrainConfig, pretrain
