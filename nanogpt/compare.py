@@ -17,9 +17,10 @@ from .speedrun import questions, side_by_side
 def _ask(cfg):
     "A held-out prompt of each category and both answers, from the same seed."
     if not cfg.ask: return []
-    model,tok = load_model(cfg.after)
+    (one,_),(two,tok) = map(load_model, (cfg.before, cfg.after))
+    room = min(one.cfg.block_size, two.cfg.block_size)-32 # both read the whole prompt, and have a place to begin an answer
     knobs = SampleConfig(temperature=.3, max_tokens=120, seed=cfg.seed)
-    return side_by_side(cfg.before, cfg.after, questions(cfg.ask, cfg.seed, tok, model.cfg.block_size-32), knobs)
+    return side_by_side(cfg.before, cfg.after, questions(cfg.ask, cfg.seed, tok, room), knobs)
 
 def run_report(
     cfg:ReportConfig, # which runs, and where to write
