@@ -233,7 +233,7 @@ def test_prepared_padded_goes_on_exactly(prepared, whole, tmp_path):
     assert "conversations, each padded to the longest of its batch of 2" in err and not (tmp_path/"never/data").exists()
     read = np.diff([o["tokens"] for o in log(tmp_path/"never", "step")])
     assert len(set(read))>3 and max(read)<512, "padded steps read fewer ids than --batch_tokens, each its own number"
-    assert read_json(tmp_path/"never/model/template.json")["form"]=="alpaca"
+    assert read_json(tmp_path/"never/template.json")["form"]=="alpaca"
     p = start(*words, "--out", tmp_path/"run")
     assert wait(p, lambda: steps_done(tmp_path/"run")>=7)
     p.kill()
