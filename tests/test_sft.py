@@ -208,10 +208,10 @@ def test_two_processes_are_one_when_padded(plain, tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(whole, tmp_path_factory):
-    "A file of instructions as shards of conversations, three of them to train on, in Alpaca's form; the vocabulary is that of `whole`."
+    "A file of instructions as shards of conversations, three or more to train on, as plain text; the vocabulary is that of `whole`."
     home = tmp_path_factory.mktemp("prepared")
-    (home/"d.jsonl").write_text("".join(json.dumps(o)+"\n" for o in islice(rows("tales"), 70)))
-    words = f"--split .8 --form alpaca --max_tokens 127 --shard_rows 20 --tokenizer {whole} --out {home/'set'}".split()
+    (home/"d.jsonl").write_text("".join(json.dumps(o)+"\n" for o in islice(rows("tales"), 120)))
+    words = f"--split .8 --form plain --max_tokens 255 --shard_rows 20 --tokenizer {whole} --out {home/'set'}".split()
     run("data", "instruct", f"dolly={home/'d.jsonl'}", *words)
     assert len(list((home/"set").glob("train-*.bin")))>=3
     return home/"set"
@@ -233,7 +233,7 @@ def test_prepared_padded_goes_on_exactly(prepared, whole, tmp_path):
     assert "conversations, each padded to the longest of its batch of 2" in err and not (tmp_path/"never/data").exists()
     read = np.diff([o["tokens"] for o in log(tmp_path/"never", "step")])
     assert len(set(read))>3 and max(read)<512, "padded steps read fewer ids than --batch_tokens, each its own number"
-    assert read_json(tmp_path/"never/template.json")["form"]=="alpaca"
+    assert read_json(tmp_path/"never/template.json")["form"]=="plain"
     p = start(*words, "--out", tmp_path/"run")
     assert wait(p, lambda: steps_done(tmp_path/"run")>=7)
     p.kill()
