@@ -48,7 +48,8 @@ def fused(
     "The same result as `attend`, from PyTorch's fused kernels, in memory that does not grow with T²."
     T,S = q.size(-2),k.size(-2)
     if see is None and T!=S and T>1: see = _causal(q, k) # the kernel's own rule starts at the wrong corner
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=see, dropout_p=dropout, is_causal=see is None and T>1)
+    if see is None and T>1: return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=see, dropout_p=dropout) # a branch: compiled for any T, `T>1` is no bool
 
 # %% ../nbs/05_attention.ipynb #4319225c
 def strips(

@@ -10,17 +10,21 @@ import math
 
 from .report import escape
 
-# %% ../nbs/18b_chart.ipynb #8d3c3571
+# %% ../nbs/18b_chart.ipynb #28dce076
 def thin(
     points:list,  # pairs of step and value
     most:int=80,  # points of the picture
 )->list:          # step, mean, least and most of as many neighbours as it takes
     "At most so many points; the values that are no numbers are left out."
+    # step 1: the values that are finite numbers
     some = [(x, y) for x,y in points if isinstance(y, (int,float)) and math.isfinite(y)]
+    # step 2: how many share a point, and which
     k = -(-len(some)//most)
     groups = [some[i:i+k] for i in range(0, len(some), k)] if some else []
+    # step 3: the last step of each group, and the mean, least and most of its values
     return [(g[-1][0], sum(y for _,y in g)/len(g), min(y for _,y in g), max(y for _,y in g)) for g in groups]
 
+# %% ../nbs/18b_chart.ipynb #3638717b
 def ticks(
     low:float,  # the lowest that is shown
     high:float, # the highest
@@ -28,9 +32,11 @@ def ticks(
 )->list:
     "Round numbers between the two."
     if not high>low: return [low]
+    # step 1: the smallest round step that is wide enough
     raw = (high-low)/most
     ten = 10**math.floor(math.log10(raw))
     step = next(k*ten for k in (1,2,5,10) if k*ten>=raw*.999)
+    # step 2: its multiples between the ends; 0.3/0.1 is a hair below 3
     return [round(i*step, 10) for i in range(math.ceil(low/step-1e-9), math.floor(high/step+1e-9)+1)]
 
 # %% ../nbs/18b_chart.ipynb #5da3a99b

@@ -51,6 +51,7 @@ def run_tokenizer(
     if cfg.tokenizer: tok = get_tokenizer(cfg.tokenizer)
     else: tok = Tokenizer.train(tokenizer_texts(cfg.corpus, cfg.tokenizer_bytes, cfg.seed), cfg.vocab_size)
     if cfg.out: tok.save(cfg.out/"tokenizer.json" if cfg.out.suffix!=".json" else cfg.out)
+    elif not cfg.tokenizer: say("nothing is saved: add --out DIR to keep this vocabulary")
     result,text = dict(name=tok.name, n_vocab=tok.n_vocab, fingerprint=tok.fingerprint),f"{tok.name}: {tok.n_vocab:,} ids"
     if cfg.prompt is not None:
         ids = tok.encode(cfg.prompt)

@@ -20,11 +20,12 @@ from .template import load_template
 def _ask(cfg):
     "A held-out prompt of each category and both answers, from the same seed."
     if not cfg.ask: return []
-    model,tok = load_model(cfg.after)
+    (one,_),(two,tok) = map(load_model, (cfg.before, cfg.after))
+    room = min(one.cfg.block_size, two.cfg.block_size)-32 # both read the whole prompt, and have a place to begin an answer
     knobs = SampleConfig(temperature=.3, max_tokens=120, seed=cfg.seed)
     source,folder = cfg.ask,tuned_on(cfg.after)
     if folder and source=="dolly": source = f"{folder}/{HELD}" # what was held out there is another part
-    talks = questions(source, cfg.seed, load_template(cfg.after, tok), model.cfg.block_size-32)
+    talks = questions(source, cfg.seed, load_template(cfg.after, tok), room)
     return side_by_side(cfg.before, cfg.after, talks, knobs)
 
 def run_report(

@@ -92,14 +92,26 @@ def _ready(t, old):
     compiled = t.cfg.compile and t.device.compiles
     kernel,notes = old.get("kernel", t.cfg.kernel),list(t.device.notes)
     if t.cfg.parallel=="fsdp": compiled,t.sample = False,None; notes.append("--parallel fsdp: no torch.compile, and no samples are written")
+    any_width = compiled and t.loader.fixed.get("pack")=="no" # padded batches: each as wide as it needs to be
+    if kernel=="auto" and any_width:
+        kernel = "fused"; notes.append("attention kernel fused: written is compiled anew for every width of a batch")
     if kernel=="auto" and t.dist.main:
         kernel,seconds = pick_kernel(t.model.cfg, t.cfg.micro_batch, t.cfg.seq_len, t.device, compiled)
         notes.append("attention kernel "+kernel+": "+", ".join(f"{k} {v*1e3:.1f} ms a block" for k,v in seconds.items()))
     kernel = t.dist.gather(kernel)[0] # one choice for all processes
     for b in t.model.transformer.h: b.attn.kernel = KERNELS[kernel]
-    if compiled: t.run = torch.compile(t._loss)
+    if compiled: t.run = torch.compile(t._loss, dynamic=any_width or None)
     if t.dist.world>2 and t.cfg.parallel=="ddp": _rehearse(t)
     return kernel, notes
+
+# %% ../nbs/11b_run.ipynb #adf74d02
+def _over(t, old, new):
+    "What to say of a run that is done, when nothing is left to do; None when something is. Its settings stay what they were."
+    if t.done<t.steps and not 0<t.cfg.patience<=t.waited: return None
+    names = [k for k,v in new["settings"].items() if k not in ("out","resume") and old["settings"].get(k, v)!=v]
+    other = ", ".join(f"{k}={new['settings'][k]} (then {old['settings'][k]})" for k in names)
+    text = f"{t.cfg.out} is finished, after {t.done} steps: nothing is done"
+    return f"{text}, and these settings change nothing: {other}. For them choose another --out, or more --steps" if other else text
 
 def _changed(old, new):
     "The names of everything that differs from the run that was stopped and could change its numbers."
@@ -109,16 +121,20 @@ def _changed(old, new):
 
 # %% ../nbs/11b_run.ipynb #1cb16bc4
 def _begin(t):
-    "Open or reopen the run's folder; returns its log in the main process and None in the others."
+    "Open or reopen the run's folder; returns its log (in the main process, else None), and whether the run is over already."
     out,dist = t.cfg.out,t.dist
     check_fresh(t.cfg)
     found = ck.latest(out) if dist.main and t.cfg.resume=="auto" else None
-    found,old = dist.gather([found and str(found), read_json(out/"config.json") if found else {}])[0]
+    ended = found and (out/"model").exists() and (out/"exit.json").exists() and read_json(out/"exit.json")["reason"]=="done"
+    found,old,ended = dist.gather([found and str(found), read_json(out/"config.json") if found else {}, bool(ended)])[0]
     kernel,notes = _ready(t, old)
     if dist.rank: seed((t.cfg.seed+dist.rank)%2**32) # else every process would drop the same activations
     if found: resume_run(t, Path(found))
     new = _record(t, kernel)
-    if not dist.main: return None
+    if ended and (text := _over(t, old, new)):
+        if dist.main: say(text)
+        return None, True
+    if not dist.main: return None, False
     (out/"exit.json").unlink(missing_ok=True) # it told how the run ended before
     if found:
         notes.append(f"going on after step {t.done} of {t.steps}")
@@ -129,7 +145,7 @@ def _begin(t):
     for told in filter(None, (o and o.told() for o in (t.loader, t.val))): log.write("note", step=t.done, text=told) # said already
     write_json(out/"config.json", new)
     t.tok.save(out/"tokenizer.json")
-    return log
+    return log, False
 
 # %% ../nbs/11b_run.ipynb #15cbfdda
 def _look(t, log):
@@ -190,6 +206,10 @@ def _room(t):
         if note := check_memory(t.cfg, t.model.cfg, t.device, t.dist.world, packed, process_bytes(t.device)-there): say(note)
     t.dist.first(look)
 
+def _totals(t, end):
+    speed = t.tokens/max(t.seconds, 1e-9)
+    return dict(end, seconds=t.seconds, tokens=t.tokens, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())
+
 # %% ../nbs/11b_run.ipynb #388644eb
 def fit(
     model:GPT,            # to be trained, changed in place
@@ -204,7 +224,8 @@ def fit(
     if cfg.threads: torch.set_num_threads(cfg.threads)
     t = Trainer(model, loader, cfg, tok, val, sample, dist)
     _room(t)
-    log = _begin(t) # what it refuses leaves the folder as it was
+    log,over = _begin(t) # what it refuses leaves the folder as it was
+    if over: return _totals(t, dict(reason="done", step=t.done, error=None))
     try:
         model.train()
         with nullcontext() if cfg.recompute else kept_memory(), stoppable(quiet=not t.dist.main) as asked: reason = _loop(t, log, asked)
@@ -221,5 +242,4 @@ def fit(
     if log: write_json(cfg.out/"exit.json", end)
     if reason=="diverged":
         raise DivergedError(f"the loss or its gradient was not finite three times, last at step {t.done}", "try a lower --lr")
-    speed = t.tokens/max(t.seconds, 1e-9)
-    return dict(end, seconds=t.seconds, tokens=t.tokens, tokens_per_second=speed, peak_memory_bytes=peak_memory_bytes())
+    return _totals(t, end)

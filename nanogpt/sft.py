@@ -136,6 +136,11 @@ class SFTConfig(FitConfig):
     rows:int = arg(20_000, "most conversations to read, shared out by weight")
     val_rows:int = arg(400, "held-out conversations for the validation loss")
     pack:str = arg("yes", "yes: several to a row, none sees another; no: one, padded to the longest of its batch", choices=("yes", "no"))
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.pack, self.kernel, self.compile)==("no", "written", True): # it is a loop whose length is that of a row
+            raise ConfigError("--kernel=written is compiled anew for every width, and with --pack=no each batch has its own",
+                              "try --kernel fused, or --no_compile")
 
 def _talks(cfg, split, n):
     mix = parse_mix(cfg.corpus)
@@ -144,6 +149,7 @@ def _talks(cfg, split, n):
         for talk in islice(conversations(name, split, cfg.seed), most): got += 1; yield talk
         say(f"{name} ({split}): {got:,} conversations")
 
+# %% ../nbs/14_sft.ipynb #6c4d0692
 def write_talks(
     cfg:SFTConfig,  # which conversations
     tok:Tokenizer,  # encodes them
@@ -170,6 +176,7 @@ def _prepared(cfg, tok, dist):
     dist.first(lambda: load_template(cfg.data, tok).save(cfg.out))
     return train, val
 
+# %% ../nbs/14_sft.ipynb #f7e2e473
 def tune(
     cfg:SFTConfig,        # all settings
     sample:Callable=None, # (model, tokenizer) → dicts to log as samples at each evaluation

@@ -90,8 +90,10 @@ def update(
         if not (own := Path(folder)/p.name).exists(): continue
         both,done[p.stem] = merged(load(own), load(p))
         _write(own, both)
-    if not done: raise ConfigError(f"{folder} holds no lessons", f"begin with: nanogpt course start {folder}")
-    return done
+    return done or _none(folder)
+
+def _none(folder):
+    raise ConfigError(f"{folder} holds no lessons of this course", f"begin with: nanogpt course start {folder}".removesuffix(" ."))
 
 # %% ../nbs/42c_study.ipynb #f92e40df
 def _execute(source, where, module):
@@ -220,8 +222,14 @@ def _parity():
 @dataclass(frozen=True, kw_only=True)
 class CourseConfig:
     "The course from the terminal."
-    path:Path = arg(Path("."), "a learner's folder; for check, a notebook; for build, the checkout")
+    path:Path|None = arg(None, "a learner's folder (none: start makes my-course); for check, a notebook; for build, the checkout")
     json:bool = arg(False, "one JSON object a line, for programs")
+    def where(
+        self,
+        otherwise:str=".", # when no path was given
+    )->Path:
+        "The path that was given, or another."
+        return self.path or Path(otherwise)
 
 def _show(rows, as_json, text):
     for o in rows: print(json.dumps(o, ensure_ascii=False) if as_json else text(o))
@@ -237,16 +245,16 @@ def course_start(
     cfg:CourseConfig, # whose folder
 ):
     "A copy of the lessons for a learner."
-    new,old = start(cfg.path)
-    print(f"{len(new)} lessons written to {cfg.path}")
-    if old: print(f"{len(old)} were there and are untouched; new versions of them: nanogpt course update {cfg.path}")
-    print(f"the course begins with {cfg.path}/00_start_here.ipynb")
+    new,old = start(folder := cfg.where("my-course"))
+    print(f"{len(new)} lessons written to {folder}")
+    if old: print(f"{len(old)} were there and are untouched; new versions of them: nanogpt course update {folder}")
+    print(f"the course begins with {folder}/00_start_here.ipynb")
 
 def course_update(
     cfg:CourseConfig, # whose folder
 ):
     "New lessons, with every cell kept that the learner changed."
-    done = update(cfg.path)
+    done = update(cfg.where())
     for name,kept in done.items():
         if kept: print(f"{name:20}{kept} cells of yours kept")
     print(f"{len(done)} lessons up to date")
@@ -255,7 +263,8 @@ def course_progress(
     cfg:CourseConfig, # whose folder
 ):
     "Lessons, exercises passed, minutes."
-    rows = [o for o in standing(cfg.path) if o["exercises"]]
+    if not any((cfg.where()/p.name).exists() for p in lessons_folder().glob("[0-9]*.ipynb")): _none(cfg.where())
+    rows = [o for o in standing(cfg.where()) if o["exercises"]]
     text = "{lesson:20}{solved:3} of {exercises:3}   {minutes_solved:4} of {minutes:4} minutes"
     _show(rows, cfg.json, lambda o: text.format(**o))
     total = {k:sum(o[k] for o in rows) for k in ("solved","exercises","minutes_solved","minutes")}
@@ -265,9 +274,9 @@ def course_check(
     cfg:CourseConfig, # which notebook
 )->int:               # 0 when everything is right, else 3
     "Every exercise of a notebook, checked in a fresh run; what passed counts as progress, except with --json."
-    rows = check_file(cfg.path)
+    rows = check_file(cfg.where())
     if not cfg.json: # a person's own folder; a teacher's program only looks
-        for o in rows: note(o["name"], "check", cfg.path.parent, passed=o["passed"])
+        for o in rows: note(o["name"], "check", cfg.where().parent, passed=o["passed"])
     _show(rows, cfg.json, lambda o: f"{'✓' if o['passed'] else '✗'} {o['name']}"+("" if o["passed"] else f": {o['said']}"))
     return 0 if all(o["passed"] for o in rows) else 3
 
@@ -275,5 +284,6 @@ def course_build(
     cfg:CourseConfig, # which checkout
 ):
     "Build lessons/ from nbs/ (for authors)."
-    if not (cfg.path/"nbs").is_dir(): raise ConfigError(f"{cfg.path} has no folder nbs", "run it in a checkout of nanogpt")
-    say(f"{len(build(cfg.path/'nbs', cfg.path/'lessons'))} lessons built")
+    home = cfg.where()
+    if not (home/"nbs").is_dir(): raise ConfigError(f"{home} has no folder nbs", "run it in a checkout of nanogpt")
+    say(f"{len(build(home/'nbs', home/'lessons'))} lessons built")

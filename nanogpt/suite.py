@@ -33,9 +33,10 @@ def text_loss(
     tok:Tokenizer, # its tokenizer
     texts:list,    # held-out texts
     task:str,      # which task
+    T:int|None=None, # tokens in a piece, at least 2; None: as many as the context holds
 )->list:           # two metrics: val_loss in nats per token, bits_per_byte
-    "The surprise at running text, per token and per byte; a long text is read in pieces as long as the context."
-    T,ids = model.cfg.block_size,[[tok.eot, *tok.encode(t)] for t in texts]
+    "The surprise at running text, per token and per byte; a longer text is cut, each piece begins with the last token before."
+    T,ids = T or model.cfg.block_size,[[tok.eot, *tok.encode(t)] for t in texts]
     cuts = [(k, row[i:i+1], row[i+1:i+T]) for k,row in enumerate(ids) for i in range(0, len(row)-1, T-1)] # each id is asked for once
     nats,tokens = [0.]*len(texts),[len(row)-1 for row in ids]
     for (k,_,_),s in zip(cuts, score(model, [c[1:] for c in cuts]), strict=True): nats[k] -= s.logprob

@@ -193,7 +193,8 @@ def write_config(
     wrong = {k:obstacles(cfg, k) for k in ([family] if family else HUB)}
     family = min(wrong, key=lambda k: len(wrong[k]))
     if wrong[family]:
-        raise ConfigError(f"{family} has no way to say {', '.join(wrong[family])}", "keep it in our own form, or train another --shape")
+        who = family if len(wrong)==1 else f"no family of the hub fits: {family}, which comes nearest,"
+        raise ConfigError(f"{who} has no way to say {', '.join(wrong[family])}", "keep it in our own form, or train another --shape")
     f = FAMILIES[family]
     values = dict(mlp_width=cfg.inner, n_kv_head=cfg.kv_heads)
     out = {name:values.get(k, getattr(cfg, k)) for k,name in f.keys.items()} | {k:able[0] for k,able in f.wants.items()}

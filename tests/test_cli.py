@@ -364,6 +364,14 @@ def test_tokenizer_json(call):
     assert (code, err)==(0, "") and (o["name"], o["n_vocab"], len(o["fingerprint"]))==("gpt2", 50_304, 64)
     assert "".join(o["pieces"])=="Hello <|endoftext|> world" and max(o["ids"])<50_256 and len(o["ids"])==len(o["pieces"])
 
+def test_a_vocabulary_that_is_not_kept(call, tmp_path, monkeypatch):
+    "Without --out a vocabulary is learnt and lost, and that is said; one that is read, or written, is no news."
+    monkeypatch.chdir(tmp_path)
+    words = ("tokenizer", "--corpus", "tales", "--vocab_size", 300, "--tokenizer_bytes", 5000)
+    code, out, err = call(*words)
+    assert code==0 and "300 ids" in out and "nothing is saved: add --out DIR" in err and not list(tmp_path.iterdir())
+    assert "nothing is saved" not in call(*words, "--out", "t")[2] and "nothing is saved" not in call("tokenizer", "--tokenizer", "t")[2]
+
 def test_data_json(call, shards, tmp_path):
     "One object that counts what was written, per corpus; the remarks on the way are on stderr."
     code, out, err = call("data", "--corpus", "tales", "--tokens", 2000, "--tokenizer", shards, "--out", tmp_path/"d", "--json")

@@ -84,6 +84,17 @@ def test_readme_counts():
     assert f"**{len(rows)} exercises**" in text and f"**{traps} known mistakes**" in text and traps>=60
     for name in WITH: assert sum(o["lesson"][:2]==name[:2] for o in rows)>=4, name
 
+def test_the_classic_mistakes_of_tuning():
+    "Four mistakes that spoil many a tuning are each an exercise's planted bug, or a trap that names them."
+    sentences = {s for o in catalog(ROOT/"lessons") if o["lesson"][:2] in ("13", "14", "15") for s in o["sentences"]}
+    for words in ("The mask comes one token late", "The mask is shifted by one", "The prompt is not masked", "a mean of means"):
+        assert any(words in s for s in sentences), words
+    planted = {"14_sft": "per_token", "15_evals": "mean_loss", "15a_choice": "right_ones", "13_template": "answers_only"}
+    kinds = {(o["lesson"], o["name"]): o["kind"] for o in catalog(ROOT/"lessons")}
+    assert all(kinds[o]=="bug" for o in planted.items())
+    text = json.dumps(load(ROOT/"lessons"/"15a_choice.ipynb"))
+    assert "the answer leaks into the choice" in text
+
 # ---- a learner's folder ----------------------------------------------------------------------------------------------
 
 def stubs(notebook):
@@ -155,3 +166,19 @@ def test_check_from_the_terminal(tmp_path):
     n = len(stubs(nb))
     assert f"05_attention          {n} of   {n}" in run("course", "progress", tmp_path/"mine").stdout
     assert "is a folder" in run("course", "check", tmp_path/"mine", code=2).stderr
+
+def test_start_without_a_folder_names_its_own(tmp_path):
+    "`course start` alone makes my-course and says so; nothing is spilled into the folder one happens to be in."
+    from mini import run
+    out = run("course", "start", cwd=tmp_path).stdout
+    assert "lessons written to my-course" in out and "my-course/00_start_here.ipynb" in out
+    assert [p.name for p in tmp_path.iterdir()]==["my-course"] and len(list((tmp_path/"my-course").glob("*.ipynb")))==len(LESSONS)
+    assert "are untouched" in run("course", "start", cwd=tmp_path).stdout
+
+def test_progress_of_no_course(tmp_path):
+    "A folder without a lesson has no progress to show: it is named, with what to type."
+    from mini import one_message, run
+    for words in ((), (tmp_path/"nowhere",)):
+        done = run("course", "progress", *words, code=2, cwd=tmp_path)
+        one_message(done.stderr, "holds no lessons of this course", "nanogpt course start")
+        assert not done.stdout

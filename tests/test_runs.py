@@ -68,11 +68,30 @@ def test_a_change_is_not_silent(stopped, shards, tmp_path):
     assert "not bit-equal to a run never stopped: lr" in run(*pretrain(shards, out, "--lr", "0.002")).stderr
     assert any("not bit-equal" in o["text"] for o in log(out, "note"))
 
+def kept(folder):
+    "Every file of a run; without what a machine tells of its energy, which is used by doing nothing too."
+    files = tree(folder)
+    return files | {"log.jsonl": [o for o in files["log.jsonl"].splitlines() if b'"kind": "energy"' not in o]}
+
 def test_a_finished_run_stays_as_it_is(whole, shards, tmp_path):
-    "The same command on a finished run trains nothing and changes no weight."
+    "The same command on a finished run does nothing and says so; with other settings it names them. Only more steps go on."
     out = copy(whole, tmp_path/"run")
+    before = kept(out)
+    done = run(*pretrain(shards, out))
+    assert "is finished, after 30 steps: nothing is done\n" in done.stderr and "done after 30 steps" in done.stdout
+    assert kept(out)==before
+    err = run(*pretrain(shards, out, "--lr", "0.002", "--eval_every", 7, "--steps", 20)).stderr
+    assert all(o in err for o in ("these settings change nothing", "lr=0.002 (then 0.001)", "eval_every=7 (then 4)", "steps=20 (then 30)"))
+    assert kept(out)==before
+    assert "is finished" not in run(*pretrain(shards, out, "--steps", 32)).stderr
+    assert numbers(out)[0][:30]==numbers(whole)[0] and steps_done(out)==32
+
+def test_a_finished_run_that_lost_its_model_gets_it_again(whole, shards, tmp_path):
+    "What is missing of a finished run is not `nothing to do`: its model is written again, with the same weights."
+    out = copy(whole, tmp_path/"run")
+    shutil.rmtree(out/"model")
     run(*pretrain(shards, out))
-    same(out, whole)
+    assert tree(out/"model")==tree(whole/"model")
 
 def test_sft_resumed_equals_never_stopped(whole, tuned, tmp_path):
     "Instruction tuning is the same loop: stopped by SIGTERM and started again, it ends the same."

@@ -1,7 +1,9 @@
 "Instruction tuning: packed and padded are alone, every answer token weighs the same, and a run that stops early does so at the same step."
+import json
 import shutil
 import signal
 from dataclasses import replace
+from itertools import islice
 from types import MethodType
 
 import numpy as np
@@ -9,17 +11,20 @@ import pytest
 import torch
 from mini import KEYS, SFT, copy, end, log, numbers, one_message, reason, run, start, steps_done, wait
 from test_dist import group, near
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from nanogpt.attention import Documents
+from nanogpt.bulk import open_shards
 from nanogpt.checkpoint import load_model, save_model
-from nanogpt.core import read_json, seed
+from nanogpt.core import ConfigError, pick_device, read_json, seed
+from nanogpt.corpus import rows
 from nanogpt.data import Loader, Packed
 from nanogpt.hub import save_hub
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.sft import Padded, PaddedLoader, SFTConfig, by_length
+from nanogpt.sft import Padded, PaddedLoader, SFTConfig, by_length, tune
 from nanogpt.shard import Shard, write_shard
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import Tokenizer, get_tokenizer
 from nanogpt.trainer import FitConfig, Trainer
 
 V = 300
@@ -198,6 +203,92 @@ def test_two_processes_are_one_when_padded(plain, tmp_path):
     near(one, two)
     read = np.diff([o["tokens"] for o in one])
     assert len(set(read))>1 and max(read)<512, "padded steps read fewer ids than --batch_tokens, each its own number"
+
+# ---- --data, padded --------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def prepared(whole, tmp_path_factory):
+    "A file of instructions as shards of conversations, three or more to train on, as plain text; the vocabulary is that of `whole`."
+    home = tmp_path_factory.mktemp("prepared")
+    (home/"d.jsonl").write_text("".join(json.dumps(o)+"\n" for o in islice(rows("tales"), 120)))
+    words = f"--split .8 --form plain --max_tokens 255 --shard_rows 20 --tokenizer {whole} --out {home/'set'}".split()
+    run("data", "instruct", f"dolly={home/'d.jsonl'}", *words)
+    assert len(list((home/"set").glob("train-*.bin")))>=3
+    return home/"set"
+
+def test_prepared_padded_is_alone(prepared, whole):
+    "Several shards as one: padded, their conversations have the loss and the gradient that each has alone."
+    shards, _ = open_shards(prepared, tok := get_tokenizer(whole))
+    seed(0)
+    model = GPT(GPTConfig(vocab_size=tok.n_vocab, block_size=128, n_layer=2, n_head=2, n_embd=32, init_std=.2))
+    loss, grad = learned(model, alone(shards, 127))
+    got, same = learned(model, epoch(PaddedLoader(shards, 127, 4, span=2)))
+    assert abs(got-loss)<LOSS
+    assert_close(same, grad, **GRAD)
+
+def test_prepared_padded_goes_on_exactly(prepared, whole, tmp_path):
+    "`sft --data DIR --pack no`, from the shards to the chat: killed and given again, it ends as a run never stopped."
+    words = (*SFT, "--init", whole, "--data", prepared, "--pack", "no")
+    err = run(*words, "--out", tmp_path/"never").stderr
+    assert "conversations, each padded to the longest of its batch of 2" in err and not (tmp_path/"never/data").exists()
+    read = np.diff([o["tokens"] for o in log(tmp_path/"never", "step")])
+    assert len(set(read))>3 and max(read)<512, "padded steps read fewer ids than --batch_tokens, each its own number"
+    assert read_json(tmp_path/"never/template.json")["form"]=="plain"
+    p = start(*words, "--out", tmp_path/"run")
+    assert wait(p, lambda: steps_done(tmp_path/"run")>=7)
+    p.kill()
+    end(p, -signal.SIGKILL)
+    run(*words, "--out", tmp_path/"run")
+    assert numbers(tmp_path/"run")==numbers(tmp_path/"never") and len(numbers(tmp_path/"run")[0])==20
+    assert (tmp_path/"run/model/model.safetensors").read_bytes()==(tmp_path/"never/model/model.safetensors").read_bytes()
+
+# ---- --compile, padded -----------------------------------------------------------------------------------------------
+
+COMPILER = pytest.mark.skipif(not pick_device("cpu").compiles, reason="torch.compile needs a C++ compiler, and there is none here")
+OWN_WARNINGS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning") # of the compiler's own modules
+
+def padded(plain, out, steps, **more):
+    "The steps of a small padded tuning in this process, where the graphs of the compiler can be counted."
+    tune(SFTConfig(init=plain, out=out, rows=60, val_rows=4, pack="no", seq_len=128, micro_batch=2, batch_tokens=256, steps=steps,
+                   eval_every=0, save_every=0, device="cpu", dtype="float32", threads=1, **more))
+    return log(out, "step")
+
+def graphs(monkeypatch, backend, **force):
+    "From now on what is compiled is compiled by this backend; a function that says how many graphs there were, and how many breaks."
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: compile_(f, **given | force, backend=backend))
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+
+@COMPILER
+@OWN_WARNINGS
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)]) # the second writes C++: a minute
+def test_padded_compiled_is_padded(plain, tmp_path, monkeypatch, backend):
+    "Compiled, a padded run has the losses and gradients of an uncompiled one; one graph serves batches of any width."
+    want = padded(plain, tmp_path/"plain", 8, compile=False, kernel="fused")
+    count = graphs(monkeypatch, backend)
+    got = padded(plain, tmp_path/"compiled", 8)
+    assert len(set(np.diff([0, *(o["tokens"] for o in got)])))>3 and count()==(1, 0)
+    for a, b in zip(got, want, strict=True):
+        assert a["ids_sha"]==b["ids_sha"] and abs(a["loss"]-b["loss"])<1e-4 and abs(a["grad_norm"]-b["grad_norm"])<1e-3*b["grad_norm"]
+    assert any("attention kernel fused" in o["text"] for o in log(tmp_path/"compiled", "note"))
+
+@COMPILER
+@OWN_WARNINGS
+def test_control_a_graph_for_every_width(plain, tmp_path, monkeypatch):
+    "The count can fail: a compiler that is not told that widths change makes a graph for each."
+    count = graphs(monkeypatch, "eager", dynamic=False)
+    got = padded(plain, tmp_path/"run", 4)
+    assert count()[0]==len(set(np.diff([0, *(o["tokens"] for o in got)])))>1
+
+def test_a_kernel_of_one_width_is_refused(whole, tmp_path):
+    "The written kernel is a loop over strips of a row, so it would be compiled for every width; uncompiled it may serve."
+    words = ("sft", "--init", whole, "--pack", "no", "--kernel", "written", "--out", tmp_path/"run")
+    one_message(run(*words, code=2).stderr, "--kernel=written is compiled anew for every width", "--no_compile")
+    assert not (tmp_path/"run").exists()
+    SFTConfig(init=whole, pack="no", kernel="written", compile=False)
+    with pytest.raises(ConfigError, match="try --kernel fused"): SFTConfig(init=whole, pack="no", kernel="written")
 
 # ---- stopped, and stopped early --------------------------------------------------------------------------------------
 
