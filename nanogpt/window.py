@@ -42,7 +42,7 @@ class Window:
             pick = torch.tensor([once[o] for o in begun], device=self.h.device)
             self.cache,self.h = self.cache.take(pick, length),self.h[pick]
     def _read(self, texts, length):
-        n,like = [len(o) for o in texts],next(self.model.parameters())
+        n,like = [len(o) for o in texts],self.model.transformer.ln_f.weight # in the numbers of the stream
         cache,idx = KVCache(self.model.cfg, len(n), length, like=like),[[*o]+[0]*(max(n)-len(o)) for o in texts]
         h = self.model.hidden(torch.tensor(idx, device=like.device), cache)            # (B,T,C)
         if len(set(n))>1: cache.set_lengths(n)
@@ -91,7 +91,7 @@ def batch_bytes(
 )->int:         # bytes
     "What answers need beside the model: keys and values of every token, and some copies of a step's scores in 32 bits."
     c,copies = model.cfg,6
-    past = 2*c.n_layer*c.kv_heads*c.head_width*length*next(model.parameters()).element_size()
+    past = 2*c.n_layer*c.kv_heads*c.head_width*length*model.transformer.ln_f.weight.element_size()
     return rows*(past+copies*4*c.vocab_size)
 
 def check_room(

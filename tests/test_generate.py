@@ -176,6 +176,7 @@ def odd(home, tok):
     endless = from_hub(dict(model=dict(type="BPE", vocab={o: k for k, o in enumerate(letters)}, merges=[]),
                             pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False)))
     save_model(home/"endless", toy(endless), endless)
+    (home/"p.jsonl").write_text('{"prompt": "the cat"}\n')
     return home
 
 BAD = {"no prompt": ("", "--prompt"),
@@ -192,7 +193,12 @@ BAD = {"no prompt": ("", "--prompt"),
     "no file": ("--prompt x --out {home}/o.jsonl", "--out needs --prompts"),
     "missing file": ("--prompts {home}/none.jsonl --out {home}/o.jsonl", "none.jsonl"),
     "system": ("--prompt x --system y", "--system is for conversations"),
-    "batch": ("--prompt x --batch 0", "--batch=0")}
+    "batch": ("--prompt x --batch 0", "--batch=0"),
+    "unknown stop": ("--prompt x --stop '<|done|>'", "--stop <|done|> is no token"),
+    "n do not fit": ("--prompt x --n 1000000000", "lower --n"),
+    "rows do not fit": ("--prompts {home}/p.jsonl --out {home}/o.jsonl --n 1000000000", "lower --n"),
+    "several stream": ("--prompt x --n 2 --stream yes", "--stream yes and --n do not fit"),
+    "unread": ("--prompt x --logprobs 2", "--logprobs needs --json")}
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, odd, capsys):
@@ -217,6 +223,30 @@ def test_a_model_without_end_may_be_given_one(call, odd):
 def test_control_good_input(call, odd):
     "The same models and flags without the slip."
     assert call("--prompt", "x", "--top_p", .5, "--temperature", 0)[0]==0
+
+# ---- several answers -------------------------------------------------------------------------------------------------
+
+def test_several_answers(call):
+    "The first of several is the one that comes alone; to people they are shown with their numbers."
+    words = ("--prompt", "the cat", "--max_tokens", 9)
+    one, several = (json.loads(call(*words, *more, "--json")[1]) for more in ((), ("--n", 3)))
+    assert len(several["answers"])==3 and len({o["text"] for o in several["answers"]})>1
+    assert all(several[k]==several["answers"][0][k]==one[k] for k in ("text", "tokens", "reason"))
+    shown = call(*words, "--n", 3)[1]
+    assert [f"[{k}] {o['text']}" in shown for k, o in enumerate(several["answers"], 1)]==[True]*3
+
+def test_log_probabilities(call):
+    said = json.loads(call("--prompt", "the cat", "--temperature", 0, "--max_tokens", 9, "--logprobs", 3, "--json")[1])
+    assert len(said["logprobs"])==said["tokens"]>0 and "".join(o["text"] for o in said["logprobs"])==said["text"]
+    for o in said["logprobs"]:
+        best = o["top"][0]
+        assert o["logprob"]<=0 and len(o["top"])==3 and (best["id"], best["text"], best["logprob"])==(o["id"], o["text"], o["logprob"])
+
+def test_a_full_context_slides_if_it_may(call):
+    "A prompt that is too long is read from its end, and what was forgotten is told."
+    words = ("--prompt", "the cat "*60, "--max_tokens", 5, "--overflow", "slide")
+    said, (code, out, err) = json.loads(call(*words, "--json")[1]), call(*words)
+    assert code==0 and said["dropped"]>0 and f"the {said['dropped']} oldest tokens" in err and out==said["text"]+"\n"
 
 # ---- one prompt ------------------------------------------------------------------------------------------------------
 
