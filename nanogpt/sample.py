@@ -208,7 +208,7 @@ class Decoder:
         "Let the other rows rest; a batch that is half empty is made smaller."
         cache,stay = self.cache,[k for k,o in enumerate(alive) if o]
         if 2*len(stay)<=len(alive):
-            cache.k,cache.v,cache.n = cache.k[:,stay],cache.v[:,stay],cache.n[stay]
+            cache.reorder(stay)
             self.darts,self.last = self.darts[:,stay],self.last[stay]
             if self.seen is not None: self.seen = self.seen[stay]
             self.rows,alive = [self.rows[k] for k in stay],[True]*len(stay)
