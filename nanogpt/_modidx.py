@@ -21,6 +21,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'nanogpt.attention.attend': ('attention.html#attend', 'nanogpt/attention.py'),
                                    'nanogpt.attention.document_mask': ('attention.html#document_mask', 'nanogpt/attention.py'),
                                    'nanogpt.attention.fused': ('attention.html#fused', 'nanogpt/attention.py'),
+                                   'nanogpt.attention.grouped': ('attention.html#grouped', 'nanogpt/attention.py'),
                                    'nanogpt.attention.strips': ('attention.html#strips', 'nanogpt/attention.py')},
             'nanogpt.bench': { 'nanogpt.bench.BenchConfig': ('bench.html#benchconfig', 'nanogpt/bench.py'),
                                'nanogpt.bench.BenchConfig.__post_init__': ('bench.html#benchconfig.__post_init__', 'nanogpt/bench.py'),
