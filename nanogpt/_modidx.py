@@ -351,6 +351,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nanogpt.flags': { 'nanogpt.flags.GenerateConfig': ('flags.html#generateconfig', 'nanogpt/flags.py'),
                                'nanogpt.flags.GenerateConfig.__post_init__': ( 'flags.html#generateconfig.__post_init__',
                                                                                'nanogpt/flags.py'),
+                               'nanogpt.flags.GuessConfig': ('flags.html#guessconfig', 'nanogpt/flags.py'),
                                'nanogpt.flags.PlaceConfig': ('flags.html#placeconfig', 'nanogpt/flags.py'),
                                'nanogpt.flags.check_flags': ('flags.html#check_flags', 'nanogpt/flags.py'),
                                'nanogpt.flags.in_force': ('flags.html#in_force', 'nanogpt/flags.py'),

@@ -24,6 +24,7 @@ from .knobs import SampleConfig
 from .ready import load_ready
 from .sample import complete, stream
 from .settings import arg, settings, show
+from .speculate import Lookup, stream_ahead
 from .template import load_template
 from .terminal import chat_terminal
 from .tokenizer import Tokenizer
@@ -64,6 +65,7 @@ class Speaker:
         if cfg.system and not self.chat:
             raise ConfigError("--system is for conversations: this model was tuned on none", "leave --system out, or say --chat yes")
         self.template = load_template(cfg.model, self.tok) if self.chat else None
+        self.draft = load_ready(cfg.draft, cfg.device, cfg.dtype)[0] if cfg.draft else Lookup(cfg.lookup) if cfg.lookup else None
         if not has_end(self.tok) and not cfg.stop:
             raise ConfigError(f"{cfg.model} has no end token: answers would only be cut", "name a text that ends them, such as --stop '.'")
     def ids(
@@ -91,6 +93,7 @@ def result(
     each = []
     for o in done:
         each.append(dict(text=o.text, tokens=len(o.ids), reason=o.reason))
+        each[-1] |= {k:getattr(o, k) for k in ("proposed", "accepted", "rounds") if hasattr(o, k)}
         if dropped := getattr(o, "dropped", 0): each[-1]["dropped"] = dropped
         if told := getattr(o, "logprobs", ()):
             each[-1]["logprobs"] = [dict(likely([(i, own)])[0], top=likely(top)) for i,(own,top) in zip(o.ids, told, strict=True)]
@@ -123,13 +126,14 @@ def answer(
     return [done[job] for job in jobs]
 
 # %% ../nbs/40d_generate.ipynb #40c00033
-def _streamed(speaker, ids, as_json):
-    "The pieces to stdout as they come; how it ended."
-    pieces = stream(speaker.model, speaker.tok, ids, knobs(speaker.cfg))
+def _streamed(speaker, ids, shown, as_json):
+    "The pieces to stdout as they come, if they shall be shown; how it ended."
+    model,tok,draft,cfg = speaker.model,speaker.tok,speaker.draft,speaker.cfg
+    pieces = stream_ahead(model, draft, tok, ids, knobs(cfg), cfg.ahead) if draft else stream(model, tok, ids, knobs(cfg))
     while True:
         try: piece = next(pieces)
-        except StopIteration as e: return result([e.value], speaker.tok)
-        print(json.dumps(dict(piece=piece), ensure_ascii=False)+"\n" if as_json else piece, end="", flush=True)
+        except StopIteration as e: return result([e.value], tok)
+        if shown: print(json.dumps(dict(piece=piece), ensure_ascii=False)+"\n" if as_json else piece, end="", flush=True)
 
 def _shown(done):
     "One answer as it is, several with their numbers."
@@ -141,6 +145,7 @@ def _remarks(done, cfg, size):
         if reason=="length": say(f"(cut at --max_tokens {cfg.max_tokens})")
         if reason=="context": say(f"(the context of {size} tokens is full)")
     if done.get("dropped"): say(f"(the {done['dropped']} oldest tokens no longer fit the context of {size} and were forgotten)")
+    if "rounds" in done: say(f"({done['accepted']} of {done['proposed']} guesses accepted in {done['rounds']} rounds)")
 
 # %% ../nbs/40d_generate.ipynb #40c00039
 def run_generate(
@@ -153,7 +158,8 @@ def run_generate(
     speaker = Speaker(cfg)
     ids,one = speaker.ids(said),cfg.n==1
     shown = one and (cfg.stream=="yes" or cfg.stream=="auto" and not cfg.json)
-    done = _streamed(speaker, ids, cfg.json) if shown else answer(speaker, [(tuple(ids), knobs(cfg))])[0]
+    alone = shown or speaker.draft
+    done = _streamed(speaker, ids, shown, cfg.json) if alone else answer(speaker, [(tuple(ids), knobs(cfg))])[0]
     show(dict(prompt=said)|done|dict(chat=speaker.chat), "" if shown else _shown(done), cfg.json)
     _remarks(done, cfg, speaker.model.cfg.block_size)
     return 0

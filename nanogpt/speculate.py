@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .cache import KVCache, read
 from .core import CheckpointError, ConfigError
+from .knobs import SampleConfig, choose, warp
 from .model import GPT
-from .sample import Answer, Completion, SampleConfig, _check, choose, warp
+from .sample import Answer, Completion, _check
 from .tokenizer import Tokenizer
 
 # %% ../nbs/17a_speculate.ipynb #17a5000a
@@ -202,10 +203,10 @@ class Guessed(Completion):
         per = (self.accepted+self.rounds)/max(1, self.rounds)
         return f"{self.accepted} of {self.proposed} guesses accepted, {per:.1f} ids in each of {self.rounds} rounds"
 
-def _ready(model, draft, tok, ids, ahead):
+def _ready(model, draft, tok, ids, cfg, ahead):
     if len(ids) and isinstance(ids[0], (list,tuple)):
         raise ConfigError(f"speculation reads one prompt, here are {len(ids)}", "call it for each of them, or use complete for a batch")
-    _check(model, tok, [ids])
+    _check(model, tok, [ids], [cfg], 1)
     if ahead<1: raise ConfigError(f"ahead={ahead}: there is nothing to guess", "try ahead=4")
     if isinstance(draft, GPT) and not 0<=draft.cfg.vocab_size-tok.n_vocab<128: # some are padded to a round number
         raise ConfigError(f"the draft has {draft.cfg.vocab_size} ids, the tokenizer {tok.n_vocab}: another vocabulary",
@@ -220,7 +221,7 @@ def stream_ahead(
     ahead:int=4,      # guesses in a round
 )->Iterator:          # pieces of text, whole letters only; the generator returns the Guessed
     "One answer as it comes, several tokens at a time; distributed as `stream`'s, and equal to it at temperature 0."
-    _ready(model, draft, tok, ids, ahead)
+    _ready(model, draft, tok, ids, cfg, ahead)
     def pieces():
         answer,room,made,stood,n = Answer(tok, cfg),model.cfg.block_size-len(ids),0,0,0
         models = [(m, m.training) for m in (model,draft) if isinstance(m, GPT)]

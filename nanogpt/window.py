@@ -76,7 +76,7 @@ class Window:
         "Let the other rows rest; a batch that is half empty is made smaller."
         cache,stay = self.cache,[k for k,o in enumerate(alive) if o]
         if 2*len(stay)<=len(alive):
-            cache.k,cache.v,cache.n = cache.k[:,stay],cache.v[:,stay],cache.n[stay]
+            cache.reorder(stay)
             self.rows,self.texts,alive = [self.rows[k] for k in stay],[self.texts[k] for k in stay],[True]*len(stay)
         else: stay = list(range(len(alive)))
         self.alive = alive

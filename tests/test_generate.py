@@ -198,6 +198,12 @@ BAD = {"no prompt": ("", "--prompt"),
     "n do not fit": ("--prompt x --n 1000000000", "lower --n"),
     "rows do not fit": ("--prompts {home}/p.jsonl --out {home}/o.jsonl --n 1000000000", "lower --n"),
     "several stream": ("--prompt x --n 2 --stream yes", "--stream yes and --n do not fit"),
+    "nan, guessed ahead": ("--model {home}/nan --draft {home}/m --prompt x", "not finite"),
+    "another vocabulary guesses": ("--prompt x --draft {home}/endless", "another vocabulary"),
+    "guesses for several": ("--prompt x --lookup 2 --n 2", "--lookup and --n do not fit"),
+    "guesses for a file": ("--prompts {home}/p.jsonl --out {home}/o.jsonl --draft {home}/m", "--draft and --prompts do not fit"),
+    "guesses with rules": ("--prompt x --lookup 2 --no_repeat_ngram 3", "--lookup and --no_repeat_ngram do not fit"),
+    "who guesses": ("--prompt x --ahead 3", "--ahead needs --draft or --lookup"),
     "unread": ("--prompt x --logprobs 2", "--logprobs needs --json")}
 
 @pytest.mark.parametrize("name", BAD)
@@ -224,7 +230,7 @@ def test_control_good_input(call, odd):
     "The same models and flags without the slip."
     assert call("--prompt", "x", "--top_p", .5, "--temperature", 0)[0]==0
 
-# ---- several answers -------------------------------------------------------------------------------------------------
+# ---- several answers, guesses ----------------------------------------------------------------------------------------
 
 def test_several_answers(call):
     "The first of several is the one that comes alone; to people they are shown with their numbers."
@@ -234,6 +240,16 @@ def test_several_answers(call):
     assert all(several[k]==several["answers"][0][k]==one[k] for k in ("text", "tokens", "reason"))
     shown = call(*words, "--n", 3)[1]
     assert [f"[{k}] {o['text']}" in shown for k, o in enumerate(several["answers"], 1)]==[True]*3
+
+@pytest.mark.parametrize("how", [("--lookup", 2), ("--draft", "m"), ("--draft", "m", "--ahead", 2, "--stream", "yes")], ids=str)
+def test_guesses_change_nothing(call, home, how):
+    "Greedy, the same text; the counts are told on stderr, and in the object."
+    words = ("--prompt", "the cat sat on the", "--temperature", 0, "--max_tokens", 20)
+    how = [home/"m" if w=="m" else w for w in how]
+    plain, (code, out, err) = call(*words)[1], call(*words, *how)
+    assert code==0 and out==plain and "guesses accepted" in err
+    last = json.loads(call(*words, *how, "--json")[1].splitlines()[-1])
+    assert last["text"]+"\n"==plain and last["rounds"]>0 and last["accepted"]<=last["proposed"]
 
 def test_log_probabilities(call):
     said = json.loads(call("--prompt", "the cat", "--temperature", 0, "--max_tokens", 9, "--logprobs", 3, "--json")[1])
