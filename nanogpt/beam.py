@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .cache import KVCache
 from .core import CheckpointError, ConfigError, DataError, ShapeError
+from .knobs import repetition_penalty
 from .memory import human, machine_memory, resident_bytes
 from .model import GPT
-from .sample import repetition_penalty
 from .settings import arg, nearest
 from .tokenizer import Tokenizer
 

@@ -18,6 +18,7 @@ import torch
 
 from . import checkpoint as ck
 from .batch import answer_file, asked, row_settings
+from .beam import BeamConfig, beam
 from .core import ConfigError, ShapeError, read_json, say
 from .flags import GenerateConfig, PlaceConfig, knobs
 from .knobs import SampleConfig
@@ -85,7 +86,7 @@ class Speaker:
 
 # %% ../nbs/40d_generate.ipynb #40c00031
 def result(
-    done:list,     # Completions of one prompt
+    done:list,     # Completions or Hypotheses of one prompt, the best first
     tok:Tokenizer, # names tokens
 )->dict:
     "What is told of an answer; where there are several, the first of them, and all as a list."
@@ -93,7 +94,7 @@ def result(
     each = []
     for o in done:
         each.append(dict(text=o.text, tokens=len(o.ids), reason=o.reason))
-        each[-1] |= {k:getattr(o, k) for k in ("proposed", "accepted", "rounds") if hasattr(o, k)}
+        each[-1] |= {k:getattr(o, k) for k in ("score", "proposed", "accepted", "rounds") if hasattr(o, k)}
         if dropped := getattr(o, "dropped", 0): each[-1]["dropped"] = dropped
         if told := getattr(o, "logprobs", ()):
             each[-1]["logprobs"] = [dict(likely([(i, own)])[0], top=likely(top)) for i,(own,top) in zip(o.ids, told, strict=True)]
@@ -105,10 +106,11 @@ def apart(
     "Groups in which no prompt comes twice, each job once: the dice count how often a prompt came before with the same seed."
     groups = []
     for ids,cfg in dict.fromkeys(jobs):
-        group = next((g for g in groups if (cfg.seed, ids) not in g), None)
-        if group is None: groups.append(group := {})
-        group[cfg.seed,ids] = ids,cfg
-    return [list(g.values()) for g in groups]
+        key = cfg if isinstance(cfg, BeamConfig) else (cfg.seed, ids)
+        fits = lambda g, key=key, cfg=cfg: set(g)=={key} if isinstance(cfg, BeamConfig) else key not in g
+        if not (group := next((g for g in groups if fits(g)), None)): groups.append(group := {})
+        group.setdefault(key, []).append((ids, cfg))
+    return [sum(g.values(), []) for g in groups]
 
 # %% ../nbs/40d_generate.ipynb #40c00038
 def answer(
@@ -120,8 +122,8 @@ def answer(
     for some in apart(jobs):
         prompts,cfgs = [list(ids) for ids,_ in some],[cfg for _,cfg in some]
         rows = max(speaker.cfg.batch, *(cfg.n for cfg in cfgs)) # the answers to one prompt are made together
-        flat = iter(complete(model, tok, prompts, cfgs, rows))
-        made = [list(islice(flat, cfg.n)) for cfg in cfgs]
+        if isinstance(cfgs[0], BeamConfig): made = beam(model, tok, prompts, cfgs[0], rows*cfgs[0].beams)
+        else: flat = iter(complete(model, tok, prompts, cfgs, rows)); made = [list(islice(flat, cfg.n)) for cfg in cfgs]
         done |= {job:result(o, tok) for job,o in zip(some, made, strict=True)}
     return [done[job] for job in jobs]
 
@@ -136,9 +138,9 @@ def _streamed(speaker, ids, shown, as_json):
         if shown: print(json.dumps(dict(piece=piece), ensure_ascii=False)+"\n" if as_json else piece, end="", flush=True)
 
 def _shown(done):
-    "One answer as it is, several with their numbers."
+    "One answer as it is, several with their number and the score of a search."
     if "answers" not in done: return done["text"]
-    return "\n".join(f"[{k}] "+o["text"] for k,o in enumerate(done["answers"], 1))
+    return "\n".join(f"[{k}] "+(f"({o['score']:.3f}) " if "score" in o else "")+o["text"] for k,o in enumerate(done["answers"], 1))
 
 def _remarks(done, cfg, size):
     for reason in {o["reason"] for o in done.get("answers", [done])}:
@@ -156,7 +158,7 @@ def run_generate(
     said = sys.stdin.read() if cfg.prompt=="-" else cfg.prompt
     if not said.strip(): raise ConfigError("the prompt is empty", "give it some text, such as --prompt 'One day,'")
     speaker = Speaker(cfg)
-    ids,one = speaker.ids(said),cfg.n==1
+    ids,one = speaker.ids(said),cfg.n==1 and cfg.beams==1
     shown = one and (cfg.stream=="yes" or cfg.stream=="auto" and not cfg.json)
     alone = shown or speaker.draft
     done = _streamed(speaker, ids, shown, cfg.json) if alone else answer(speaker, [(tuple(ids), knobs(cfg))])[0]
