@@ -27,7 +27,7 @@ VERBS = {
     "launch": ("dist.LaunchConfig", "run_launch", "a verb that trains, in several processes: launch --nproc 2 -- pretrain …"),
     "eval": ("suite.EvalConfig", "run_eval", "measure a model, every number with its interval"),
     "report": ("page.ReportConfig", "compare.run_report", "before and after on one page; --diff A B: what differs between two runs"),
-    "generate": ("generate.GenerateConfig", "generate.run_generate", "continue a text or answer a question; --prompts: a file of them"),
+    "generate": ("flags.GenerateConfig", "generate.run_generate", "continue a text or answer a question; --prompts: a file of them"),
     "chat": ("generate.ChatConfig", "generate.run_chat", "talk to a model (--terminal)"),
     "tokenizer": ("commands.TokenizerConfig", "run_tokenizer", "train a tokenizer, or show how one cuts a text"),
     "data": ("commands.DataConfig", "run_data", "turn a corpus into shards"),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .attention import NoPast, fused
+from .attention import NoPast, fused, grouped
 from .core import ConfigError, ShapeError
 from .settings import arg
 
@@ -111,9 +111,8 @@ class Attention(nn.Module):
         q,k,v = (heads(o) for o in self.c_attn(x).split(self.sizes, -1))   # each (B,H,T,D); keys and values may have fewer heads
         if self.cfg.qk_norm: q,k = (F.rms_norm(o, o.shape[-1:], n.weight.to(o.dtype), n.eps) for o,n in ((q,self.q_norm),(k,self.k_norm)))
         if turn is not None: q,k = rotate(q, *turn),rotate(k, *turn)
-        k,v,see = past.extend(self.layer, k, v)                            # remembered before they are repeated
-        if (n := q.size(1)//k.size(1))>1: k,v = (o.repeat_interleave(n, 1) for o in (k,v)) # neighbours share a head
-        y = self.kernel(q, k, v, see, self.cfg.dropout if self.training else 0.)
+        k,v,see = past.extend(self.layer, k, v)                            # shared heads are remembered once
+        y = grouped(self.kernel, q, k, v, see, self.cfg.dropout if self.training else 0.)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 # %% ../nbs/06_model.ipynb #3826c791

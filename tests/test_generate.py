@@ -8,6 +8,7 @@ import torch
 from mini import one_message, start, tree, wait
 
 from nanogpt import batch
+from nanogpt.beam import BeamConfig, beam
 from nanogpt.checkpoint import model_tensors, save_folder, save_model
 from nanogpt.cli import main
 from nanogpt.core import write_json
@@ -176,6 +177,7 @@ def odd(home, tok):
     endless = from_hub(dict(model=dict(type="BPE", vocab={o: k for k, o in enumerate(letters)}, merges=[]),
                             pre_tokenizer=dict(type="ByteLevel", add_prefix_space=False)))
     save_model(home/"endless", toy(endless), endless)
+    (home/"p.jsonl").write_text('{"prompt": "the cat"}\n')
     return home
 
 BAD = {"no prompt": ("", "--prompt"),
@@ -192,7 +194,24 @@ BAD = {"no prompt": ("", "--prompt"),
     "no file": ("--prompt x --out {home}/o.jsonl", "--out needs --prompts"),
     "missing file": ("--prompts {home}/none.jsonl --out {home}/o.jsonl", "none.jsonl"),
     "system": ("--prompt x --system y", "--system is for conversations"),
-    "batch": ("--prompt x --batch 0", "--batch=0")}
+    "batch": ("--prompt x --batch 0", "--batch=0"),
+    "unknown stop": ("--prompt x --stop '<|done|>'", "--stop <|done|> is no token"),
+    "n do not fit": ("--prompt x --n 1000000000", "lower --n"),
+    "beams do not fit": ("--prompt x --beams 1000000000", "--beams"),
+    "rows do not fit": ("--prompts {home}/p.jsonl --out {home}/o.jsonl --n 1000000000", "lower --n"),
+    "more than the beams": ("--prompt x --beams 2 --n 3", "--n=3"),
+    "nan, searched": ("--model {home}/nan --prompt x --beams 3", "not finite"),
+    "nan, guessed ahead": ("--model {home}/nan --draft {home}/m --prompt x", "not finite"),
+    "another vocabulary guesses": ("--prompt x --draft {home}/endless", "another vocabulary"),
+    "several stream": ("--prompt x --n 2 --stream yes", "--stream yes and --n do not fit"),
+    "a search streams": ("--prompt x --beams 2 --stream yes", "--stream yes and --beams do not fit"),
+    "a search with dice": ("--prompt x --beams 2 --top_p 0.5", "--beams and --top_p do not fit"),
+    "groups without beams": ("--prompt x --groups 2 --diversity 1", "--groups needs --beams"),
+    "guesses for several": ("--prompt x --lookup 2 --n 2", "--lookup and --n do not fit"),
+    "guesses for a file": ("--prompts {home}/p.jsonl --out {home}/o.jsonl --draft {home}/m", "--draft and --prompts do not fit"),
+    "guesses with rules": ("--prompt x --lookup 2 --no_repeat_ngram 3", "--lookup and --no_repeat_ngram do not fit"),
+    "who guesses": ("--prompt x --ahead 3", "--ahead needs --draft or --lookup"),
+    "unread": ("--prompt x --logprobs 2", "--logprobs needs --json")}
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name, odd, capsys):
@@ -217,6 +236,61 @@ def test_a_model_without_end_may_be_given_one(call, odd):
 def test_control_good_input(call, odd):
     "The same models and flags without the slip."
     assert call("--prompt", "x", "--top_p", .5, "--temperature", 0)[0]==0
+
+# ---- several answers, a search, guesses ------------------------------------------------------------------------------
+
+def test_several_answers(call):
+    "The first of several is the one that comes alone; to people they are shown with their numbers."
+    words = ("--prompt", "the cat", "--max_tokens", 9)
+    one, several = (json.loads(call(*words, *more, "--json")[1]) for more in ((), ("--n", 3)))
+    assert len(several["answers"])==3 and len({o["text"] for o in several["answers"]})>1
+    assert all(several[k]==several["answers"][0][k]==one[k] for k in ("text", "tokens", "reason"))
+    shown = call(*words, "--n", 3)[1]
+    assert [f"[{k}] {o['text']}" in shown for k, o in enumerate(several["answers"], 1)]==[True]*3
+
+def test_a_search_is_the_lessons_search(call, tok):
+    words = ("--prompt", "the cat", "--beams", 4, "--n", 3, "--max_tokens", 8, "--length_penalty", 0.5, "--no_repeat_ngram", 2)
+    cfg = BeamConfig(beams=4, n=3, max_tokens=8, length_penalty=.5, no_repeat_ngram=2)
+    found, = beam(toy(tok), tok, [[tok.eot, *tok.encode("the cat")]], cfg)
+    said = json.loads(call(*words, "--json")[1])["answers"]
+    assert [(o["text"], o["reason"]) for o in said]==[(o.text, o.reason) for o in found]
+    scores = [round(o.score, 4) for o in found]
+    assert [round(o["score"], 4) for o in said]==scores==sorted(scores, reverse=True)
+
+def test_a_search_through_a_file(call, tmp_path):
+    "Rows may change the search too; the size of a batch does not show, and a setting of dice is a bad row."
+    rows = [dict(prompt="the cat"), dict(prompt="the rat ran", beams=3, n=2)]
+    rows += [dict(prompt="a mat", length_penalty=0), dict(prompt="a", top_p=.5)]
+    (tmp_path/"p.jsonl").write_text("".join(json.dumps(o)+"\n" for o in rows))
+    for size in (1, 9):
+        words = ("--prompts", tmp_path/"p.jsonl", "--out", tmp_path/f"{size}.jsonl", "--beams", 2, "--max_tokens", 6, "--batch", size)
+        assert call(*words)[0]==3
+    answers = objects(tmp_path/"1.jsonl")
+    assert (tmp_path/"1.jsonl").read_bytes()==(tmp_path/"9.jsonl").read_bytes() and len(answers[1]["answers"])==2
+    assert "score" in answers[0] and "unknown name 'top_p'" in answers[3]["error"]
+
+@pytest.mark.parametrize("how", [("--lookup", 2), ("--draft", "m"), ("--draft", "m", "--ahead", 2, "--stream", "yes")], ids=str)
+def test_guesses_change_nothing(call, home, how):
+    "Greedy, the same text; the counts are told on stderr, and in the object."
+    words = ("--prompt", "the cat sat on the", "--temperature", 0, "--max_tokens", 20)
+    how = [home/"m" if w=="m" else w for w in how]
+    plain, (code, out, err) = call(*words)[1], call(*words, *how)
+    assert code==0 and out==plain and "guesses accepted" in err
+    last = json.loads(call(*words, *how, "--json")[1].splitlines()[-1])
+    assert last["text"]+"\n"==plain and last["rounds"]>0 and last["accepted"]<=last["proposed"]
+
+def test_log_probabilities(call):
+    said = json.loads(call("--prompt", "the cat", "--temperature", 0, "--max_tokens", 9, "--logprobs", 3, "--json")[1])
+    assert len(said["logprobs"])==said["tokens"]>0 and "".join(o["text"] for o in said["logprobs"])==said["text"]
+    for o in said["logprobs"]:
+        best = o["top"][0]
+        assert o["logprob"]<=0 and len(o["top"])==3 and (best["id"], best["text"], best["logprob"])==(o["id"], o["text"], o["logprob"])
+
+def test_a_full_context_slides_if_it_may(call):
+    "A prompt that is too long is read from its end, and what was forgotten is told."
+    words = ("--prompt", "the cat "*60, "--max_tokens", 5, "--overflow", "slide")
+    said, (code, out, err) = json.loads(call(*words, "--json")[1]), call(*words)
+    assert code==0 and said["dropped"]>0 and f"the {said['dropped']} oldest tokens" in err and out==said["text"]+"\n"
 
 # ---- one prompt ------------------------------------------------------------------------------------------------------
 
