@@ -26,7 +26,7 @@ from .bench import SHAPES, BenchConfig, best_seconds, run_generate, timed_answer
 from .core import ConfigError, NanoError, seed
 from .hub import load_hub, save_hub
 from .model import GPT, GPTConfig, count
-from .quant import quantize
+from .quant import KINDS, quantize
 from .ready import narrow
 from .settings import arg, show
 
@@ -50,7 +50,7 @@ def ours(
 ):            # a function without arguments: seconds to the first token, seconds for the rest, ids
     "Our own: `load_ready`'s 16 bits, or `quantize`'s int8."
     model,prompt = load_hub(job["folder"])[1].eval(),torch.tensor(job["prompt"])
-    if job["kind"]=="int8": model = quantize(model, "int8")
+    if job["kind"] in KINDS: model = quantize(model, job["kind"])
     elif job["kind"]!="float32": model = narrow(model, getattr(torch, job["kind"]))
     return lambda: timed_answer(model, prompt, job["tokens"])
 
@@ -145,8 +145,8 @@ def llamacpp(
 
 # %% ../nbs/39d_talk.ipynb #7a1c0019
 # what plays, its kinds of numbers with the bytes of a weight, the packages that it needs
-PLAYERS = {"ours": (ours, {"float32":4, "bfloat16":2, "float16":2, "int8":1}, ()),
-           "transformers": (transformers, {"float32":4, "bfloat16":2, "float16":2}, ("transformers",)),
+PLAYERS = {"ours": (ours, {"float32":4, "bfloat16":2, "float16":2, **{k:1 for k in KINDS if "int8" in k}}, ()),
+           "transformers": (transformers, {"float32":4, "bfloat16":2}, ("transformers",)),
            "llamacpp": (llamacpp, {"f16":2, "q8_0":34/32}, ("llama_cpp","gguf"))}
 
 def _serve():
