@@ -46,6 +46,9 @@ bench: $(VENV)/.runtime ## measure training, generation and tokenising on this m
 	$(BIN)/nanogpt bench train $(ARGS)
 	@echo "==> Measuring generation …"
 	$(BIN)/nanogpt bench generate $(ARGS)
+	@if $(BIN)/python -c "import transformers, llama_cpp, gguf" 2>/dev/null; \
+		then echo "==> Racing transformers and llama.cpp in generation …"; $(BIN)/nanogpt bench generate --shape gpt2 --against transformers,llamacpp; \
+		else echo "==> No race in generation: $(PIP) -e '.[bench]' installs transformers and llama.cpp for it"; fi
 	@echo "==> Measuring the making of data …"
 	$(BIN)/nanogpt bench data
 	@test -f $(RIVAL) || { echo "==> Fetching nanoGPT, to race it …"; git clone --quiet --depth 1 https://github.com/karpathy/nanoGPT $(dir $(RIVAL)); } || \

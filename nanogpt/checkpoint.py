@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['save_folder', 'verify', 'checkpoints', 'latest', 'prune', 'Saver', 'rng_state', 'set_rng_state', 'model_tensors',
            'optimizer_tensors', 'load_optimizer', 'save_tensors', 'save_model', 'load_weights', 'map_weights',
-           'find_model', 'load_model', 'model_tokenizer']
+           'find_model', 'load_model', 'load_base', 'model_tokenizer']
 
 # %% ../nbs/10_checkpoint.ipynb #2c8e3eab
 import hashlib
@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +165,7 @@ def model_tensors(
     model, # a GPT
 )->dict:   # name → tensor
     "The weights by name, ready to be saved; tied ones once."
-    return {n:p.detach().contiguous() for n,p in model.named_parameters()}
+    return {n:p.detach().contiguous() for n,p in (*model.named_parameters(), *model.named_buffers())} # buffers: of rounded weights
 
 def optimizer_tensors(
     model, # the model being trained
@@ -206,11 +207,13 @@ def save_model(
     model:GPT,     # what to save
     tok:Tokenizer, # the tokenizer it was trained with
     tensors:dict=None, # its weights by name, where they had to be put together first
+    **more,        # what else shall stand in config.json
 ):
     "Save weights, shape and tokenizer as one verified folder."
     def write(tmp):
         save_tensors(tensors or model_tensors(model), tmp/"model.safetensors", metadata={"format":"pt"})
-        write_json(tmp/"config.json", dict(model_type="nanogpt", **settings(model.cfg)))
+        how = dict(quant=model.quant) if model.quant else {}
+        write_json(tmp/"config.json", dict(model_type="nanogpt", **settings(model.cfg), **how, **more))
         tok.save(tmp/"tokenizer.json")
     save_folder(path, write)
 
@@ -239,8 +242,7 @@ def map_weights(
     path:Path,     # a .safetensors file
 )->GPT:
     "A GPT whose weights are the file itself: read when first touched, and shared with every process that maps it too."
-    model = outline(cfg)
-    return adopt(model, _fitting(model, path))
+    return adopt(model := outline(cfg), _fitting(model, path))
 
 # %% ../nbs/10_checkpoint.ipynb #abe03d77
 def find_model(
@@ -266,10 +268,22 @@ def load_model(
         model,tok = load_foreign(found)
         return model.to(device).eval(), tok
     verify(found)
-    known = {f.name for f in fields(GPTConfig)}
-    cfg = GPTConfig(**{k:v for k,v in read_json(found/"config.json").items() if k in known})
-    model = map_weights(cfg, found/"model.safetensors")
+    known,data,file = {f.name for f in fields(GPTConfig)},read_json(found/"config.json"),found/"model.safetensors"
+    cfg = GPTConfig(**{k:v for k,v in data.items() if k in known})
+    if "quant" in data: # a later notebook knows how; it is imported for such a folder alone
+        model = import_module("nanogpt.quantfile").load_quantized(cfg, data["quant"], file)
+    else: model = map_weights(cfg, file)
     return model.to(device).eval(), Tokenizer.load(found/"tokenizer.json")
+
+# %% ../nbs/10_checkpoint.ipynb #4be0a5e1
+def load_base(
+    path:Path, # whatever `find_model` takes
+)->tuple:      # the GPT, and its Tokenizer
+    "A model to be trained on; raises ConfigError for one whose weights were rounded to whole numbers."
+    model,tok = load_model(path)
+    if model.quant: raise ConfigError(f"--init={path} holds weights of {model.quant['kind']}, which cannot be trained",
+                                      "train the model that it was made from")
+    return model, tok
 
 def model_tokenizer(
     path:Path, # whatever `find_model` takes

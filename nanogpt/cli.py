@@ -33,6 +33,7 @@ VERBS = {
     "data": ("commands.DataConfig", "run_data", "turn a corpus into shards"),
     "data instruct": ("instruct.InstructConfig", "run_instruct", "turn instruction sets into shards of conversations"),
     "export": ("commands.ExportConfig", "run_export", "write a model in the form that other programs read"),
+    "quantize": ("quantfile.QuantizeConfig", "quantfile.run_quantize", "fewer bits for each weight: smaller, and faster to talk to"),
     "ckpt list": ("commands.CkptConfig", "ckpt_list", "the checkpoints of a run and whether each is whole"),
     "ckpt latest": ("commands.CkptConfig", "ckpt_latest", "the newest valid checkpoint"),
     "ckpt verify": ("commands.CkptConfig", "ckpt_verify", "is the newest checkpoint whole?"),

@@ -84,7 +84,7 @@ def _read(model, rows, past):
     "What the model makes of rows of ids, padded to the longest; of each row only its own places."
     x = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for to,ids in zip(x, rows, strict=True): to[:len(ids)] = torch.tensor(ids)
-    h = model.hidden(x.to(model.lm_head.weight.device), past)       # (B,T,C)
+    h = model.hidden(x.to(next(model.parameters()).device), past)       # (B,T,C)
     return [o[:len(ids)] for o,ids in zip(h, rows, strict=True)]
 
 def _numbers(weight):
@@ -137,7 +137,7 @@ def score(
     past=None,        # makes a Past from (settings of the model, rows, length, like), with `set_lengths` and `take`; None: KVCache
 )->list:              # a Score for each pair, in order
     "Score continuations; a prompt that several share is read once. One that does not fit loses its oldest ids: that is counted and said."
-    out,like = [None]*len(pairs),_numbers(model.lm_head.weight)
+    out,like = [None]*len(pairs),_numbers(next(model.parameters()))
     def make(rows, length): return (past or KVCache)(model.cfg, rows, length, like=like)
     asks = list(_asks(model, pairs))
     for alone in (True,False):
@@ -215,7 +215,7 @@ def answer_loss(
         ids,mask = template.render(talk["messages"])
         ids,mask = ids[:model.cfg.block_size+1],mask[:model.cfg.block_size+1]
         y = torch.tensor([[i if m else -100 for i,m in zip(ids[1:], mask[1:], strict=True)]])
-        x,y = (o.to(model.lm_head.weight.device) for o in (torch.tensor([ids[:-1]]), y))
+        x,y = (o.to(next(model.parameters()).device) for o in (torch.tensor([ids[:-1]]), y))
         with torch.inference_mode(): total,n = model.loss(x, y)
         if n: sums.append(total.item()); counts.append(n.item())
     blind = len(talks)-len(counts)

@@ -89,6 +89,7 @@ def save_hub(
     family:str|None=None, # a key of FAMILIES; None: the first that can
 )->str:                   # the family
     "Write a folder that other programs read as theirs; what no family can say is refused before anything is written."
+    if model.quant: raise ConfigError(f"weights of {model.quant['kind']} have no place in the hub's layout", "export the model before")
     data,folder = write_config(model.cfg, family),Path(folder)
     tensors = export_weights(dict(model.named_parameters()), model.cfg, data["model_type"])
     tensors = {k:v.detach().cpu().contiguous() for k,v in tensors.items()}

@@ -179,6 +179,7 @@ class Block(nn.Module):
 # %% ../nbs/06_model.ipynb #d3b4cdde
 class GPT(nn.Module):
     "A GPT-2, or a Llama, as the settings say: ids in, one score per vocabulary entry out, for every position."
+    quant = None # how the weights were rounded to whole numbers, once they were
     def __init__(
         self,
         cfg:GPTConfig, # the shape of the model

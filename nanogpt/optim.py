@@ -76,6 +76,8 @@ def optimizers(
     betas:tuple=(0.9, 0.95),  # AdamW's memories of the gradient and its square
 )->list:                      # of torch optimisers
     "AdamW with decay groups (fused where PyTorch has it), with Muon for the block matrices when asked."
+    if kind := (getattr(model, "quant", None) or {}).get("kind"):
+        raise ConfigError(f"weights of {kind} are whole numbers and cannot be trained", "train the model they were made from")
     named = list(model.named_parameters())
     inner = [p for n,p in named if ".h." in n and p.dim()==2 and p.requires_grad] if name=="muon" else []
     chosen = {id(p) for p in inner}

@@ -116,7 +116,7 @@ def pretrain(
     dist = dist or Dist()
     seed(cfg.seed)
     tok,train,held = open_data(cfg, dist)
-    model = ck.load_model(cfg.init)[0] if cfg.init else GPT(cfg.model(tok.n_vocab))
+    model = ck.load_base(cfg.init)[0] if cfg.init else GPT(cfg.model(tok.n_vocab))
     if cfg.init and ck.model_tokenizer(cfg.init).fingerprint!=tok.fingerprint:
         raise ConfigError(f"the data was not made with the vocabulary of --init={cfg.init}", f"make it with --tokenizer {cfg.init}")
     if cfg.seq_len>(room := model.cfg.block_size):

@@ -130,6 +130,8 @@ def load_ready(
     where = pick_device(device)
     if dtype not in DTYPES: raise ConfigError(f"--dtype={dtype} is unknown", "try --dtype auto")
     model,tok = load_model(path, where.name)
+    if model.quant and dtype!="auto":
+        raise ConfigError(f"--dtype={dtype} cannot change weights of {model.quant['kind']}", "leave --dtype out")
     kind = pick_numbers(model.cfg, where) if dtype=="auto" else dtype
-    if kind=="float32": return model, tok
+    if kind=="float32" or model.quant: return model, tok
     return narrow(model, getattr(torch, kind)) if where.name=="cpu" else model.to(getattr(torch, kind)), tok

@@ -185,7 +185,7 @@ def tune(
     "From a base model and the name of a corpus to a tuned model in `cfg.out`."
     dist = dist or Dist()
     seed(cfg.seed)
-    model,tok = ck.load_model(cfg.init)
+    model,tok = ck.load_base(cfg.init)
     if cfg.seq_len>model.cfg.block_size:
         room = model.cfg.block_size
         raise ConfigError(f"--seq_len={cfg.seq_len} exceeds the context of {room} of --init", f"try --seq_len {room}")

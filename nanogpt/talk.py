@@ -26,7 +26,7 @@ from .bench import SHAPES, BenchConfig, best_seconds, run_generate, timed_answer
 from .core import ConfigError, NanoError, seed
 from .hub import load_hub, save_hub
 from .model import GPT, GPTConfig, count
-from .quant import quantize
+from .quant import KINDS, quantize
 from .ready import narrow
 from .settings import arg, show
 
@@ -50,7 +50,7 @@ def ours(
 ):            # a function without arguments: seconds to the first token, seconds for the rest, ids
     "Our own: `load_ready`'s 16 bits, or `quantize`'s int8."
     model,prompt = load_hub(job["folder"])[1].eval(),torch.tensor(job["prompt"])
-    if job["kind"]=="int8": model = quantize(model, "int8")
+    if job["kind"] in KINDS: model = quantize(model, job["kind"])
     elif job["kind"]!="float32": model = narrow(model, getattr(torch, job["kind"]))
     return lambda: timed_answer(model, prompt, job["tokens"])
 
@@ -58,7 +58,9 @@ def transformers(
     job:dict, # of `player`
 ):            # the same
     "GPT2LMHeadModel of the library transformers."
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=getattr(torch, job["kind"])).eval()
     prompt,now = torch.tensor(job["prompt"]),time.perf_counter
     @torch.inference_mode()
@@ -143,7 +145,7 @@ def llamacpp(
 
 # %% ../nbs/39d_talk.ipynb #7a1c0019
 # what plays, its kinds of numbers with the bytes of a weight, the packages that it needs
-PLAYERS = {"ours": (ours, {"float32":4, "bfloat16":2, "int8":1}, ()),
+PLAYERS = {"ours": (ours, {"float32":4, "bfloat16":2, "float16":2, **{k:1 for k in KINDS if "int8" in k}}, ()),
            "transformers": (transformers, {"float32":4, "bfloat16":2}, ("transformers",)),
            "llamacpp": (llamacpp, {"f16":2, "q8_0":34/32}, ("llama_cpp","gguf"))}
 
@@ -200,6 +202,18 @@ def read_speed(
     big = torch.ones(megabytes*250_000)
     return lambda: big.sum()
 
+# %% ../nbs/39d_talk.ipynb #7a1c0028
+def _row(cfg, shape, who, times, ids, same, bandwidth):
+    (name,kind),(first,rest),B = who,times,len(ids)
+    width,middle = PLAYERS[name][1][kind],cfg.prompt+cfg.tokens//2
+    equal = sum(a==b for x,y in zip(ids, same, strict=True) for a,b in zip(x, y, strict=True))/(B*len(ids[0]))
+    share = step_bytes(shape, width, B, middle)*cfg.tokens/rest/bandwidth
+    needs = {o:version({"llama_cpp":"llama_cpp_python"}.get(o, o)) for o in PLAYERS[name][2]}
+    return dict(player=name, kind=kind, shape=cfg.shape, batch=B, prompt=cfg.prompt, tokens=cfg.tokens, rounds=cfg.rounds,
+                prefill_seconds=first, prefill_tokens_per_second=B*cfg.prompt/first, seconds=rest, tokens_per_second=B*cfg.tokens/rest,
+                bandwidth=bandwidth, bandwidth_share=share, same=equal, threads=torch.get_num_threads(), machine=platform.machine(),
+                versions=needs | dict(torch=torch.__version__))
+
 # %% ../nbs/39d_talk.ipynb #7a1c0021
 def talk(
     cfg:TalkConfig, # whom to race
@@ -226,17 +240,6 @@ def talk(
             runs.append(once)
         bandwidth = 256e6/best_seconds(runs, cfg.rounds)[0]
     return [_row(cfg, model.cfg, o, best[o], said[o], said["ours","float32"], bandwidth) for o in names]
-
-def _row(cfg, shape, who, times, ids, same, bandwidth):
-    (name,kind),(first,rest),B = who,times,len(ids)
-    width,middle = PLAYERS[name][1][kind],cfg.prompt+cfg.tokens//2
-    equal = sum(a==b for x,y in zip(ids, same, strict=True) for a,b in zip(x, y, strict=True))/(B*len(ids[0]))
-    share = step_bytes(shape, width, B, middle)*cfg.tokens/rest/bandwidth
-    needs = {o:version({"llama_cpp":"llama_cpp_python"}.get(o, o)) for o in PLAYERS[name][2]}
-    return dict(player=name, kind=kind, shape=cfg.shape, batch=B, prompt=cfg.prompt, tokens=cfg.tokens, rounds=cfg.rounds,
-                prefill_seconds=first, prefill_tokens_per_second=B*cfg.prompt/first, seconds=rest, tokens_per_second=B*cfg.tokens/rest,
-                bandwidth=bandwidth, bandwidth_share=share, same=equal, threads=torch.get_num_threads(), machine=platform.machine(),
-                versions=needs | dict(torch=torch.__version__))
 
 # %% ../nbs/39d_talk.ipynb #7a1c0022
 def talk_text(

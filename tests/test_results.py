@@ -5,8 +5,8 @@ import pytest
 from conftest import ROOT
 
 ALL = sorted((ROOT/"results").glob("*.json"))
-RACE, DATA, SEEDS, EXPERIMENT = (ROOT/f"results/{name}.json" for name in ("race", "bench-data", "demo-seeds", "experiment"))
-RECORDS = [p for p in ALL if p not in (RACE, DATA, SEEDS, EXPERIMENT)] # cards of a speedrun
+RACE, DATA, SEEDS, EXPERIMENT, TALK = (ROOT/f"results/{name}.json" for name in ("race", "bench-data", "demo-seeds", "experiment", "talk"))
+RECORDS = [p for p in ALL if p not in (RACE, DATA, SEEDS, EXPERIMENT, TALK)] # cards of a speedrun
 README = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
 
 def load(path): return json.loads(path.read_text(encoding="utf-8"))
@@ -57,6 +57,40 @@ def test_readme_shows_the_seeds():
         show = [f"{100*r['after'][k]['value']:.1f} %" for k in ("closed_qa", "endings", "creative_writing")]
         assert f"| {r['record']['command'].split()[-1]} | {' | '.join(show)} |" in text
         assert r["before"]["closed_qa"]["value"]<.05 and r["after"]["closed_qa"]["value"]>=.90 and r["after"]["endings"]["value"]>=.80
+
+def reached(rows):
+    "The ratios that were promised, from the rows of one text and of eight."
+    pick = lambda b, p, *kinds: [r for r in rows if (r["batch"], r["player"])==(b, p) and r["kind"] in kinds]
+    best = lambda b, p, *kinds, of="tokens_per_second": max(r[of] for r in pick(b, p, *kinds))
+    int8 = {r["kind"] for r in rows if r["kind"].startswith("int8")}
+    return {"16 bits ÷ llama.cpp f16": best(1, "ours", "bfloat16", "float16")/best(1, "llamacpp", "f16"),
+            "int8 ÷ llama.cpp q8_0": best(1, "ours", *int8)/best(1, "llamacpp", "q8_0"),
+            "float32 ÷ transformers float32": best(1, "ours", "float32")/best(1, "transformers", "float32"),
+            "bfloat16 ÷ transformers bfloat16": best(1, "ours", "bfloat16")/best(1, "transformers", "bfloat16"),
+            "int8: share of the memory's speed": best(1, "ours", *int8, of="bandwidth_share"),
+            "prompt, bfloat16 ÷ transformers bfloat16": best(1, "ours", "bfloat16", of="prefill_tokens_per_second")
+                                                        /best(1, "transformers", "bfloat16", of="prefill_tokens_per_second"),
+            "batch 8 ÷ batch 1, float32": best(8, "ours", "float32")/best(1, "ours", "float32"),
+            "batch 8 ÷ batch 1, bfloat16": best(8, "ours", "bfloat16")/best(1, "ours", "bfloat16")}
+
+def test_record_of_the_talk():
+    "Beside whom, how fast, and what of the promises was reached, kept or not: every number follows from the rows."
+    from nanogpt.talk import talk_text
+    record = load(TALK)
+    assert record["commit"] and record["date"] and record["machine"]
+    assert all(o.startswith("nanogpt bench generate") for o in record["commands"])
+    for b in (1, 8):
+        rows = [r for r in record["rows"] if r["batch"]==b]
+        assert {r["player"] for r in rows}=={"ours", "transformers", "llamacpp"}
+        assert len(talk_text(rows).splitlines())==2+len(rows)
+        assert len({(r["prompt"], r["tokens"], r["threads"], r["bandwidth"]) for r in rows})==1   # the same task, the same minutes
+        same = {f"{r['player']} {r['kind']}": r["same"] for r in rows}
+        assert same["transformers float32"]==same["llamacpp f16"]==1              # they run the same model
+    assert record["promises"].keys()==(now := reached(record["rows"])).keys()
+    for name, (_, had) in record["promises"].items(): assert round(now[name], 2)==had, name
+    kept = {name for name, (wanted, had) in record["promises"].items() if had>=wanted}
+    assert {"prompt, bfloat16 ÷ transformers bfloat16", "batch 8 ÷ batch 1, float32"} <= kept
+    assert max(v for v in record["ready"].values() if not isinstance(v, str))<1.5
 
 def test_there_are_records():
     assert {"demo"} <= {p.stem for p in RECORDS} and EXPERIMENT in ALL
