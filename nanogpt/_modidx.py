@@ -964,7 +964,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanogpt.suite._lambada': ('suite.html#_lambada', 'nanogpt/suite.py'),
                                'nanogpt.suite._tales': ('suite.html#_tales', 'nanogpt/suite.py'),
                                'nanogpt.suite._text': ('suite.html#_text', 'nanogpt/suite.py'),
-                               'nanogpt.suite.asked': ('suite.html#asked', 'nanogpt/suite.py'),
+                               'nanogpt.suite.chosen_tasks': ('suite.html#chosen_tasks', 'nanogpt/suite.py'),
                                'nanogpt.suite.evaluate': ('suite.html#evaluate', 'nanogpt/suite.py'),
                                'nanogpt.suite.last_word': ('suite.html#last_word', 'nanogpt/suite.py'),
                                'nanogpt.suite.last_words': ('suite.html#last_words', 'nanogpt/suite.py'),

@@ -93,9 +93,11 @@ def _probe(cfg, model, tok):
     return torch.tensor(ids)
 
 def _record(path):
-    "What the record of a run says it is, here or up to two folders above."
-    places = [p/"config.json" for p in (Path(path), *Path(path).absolute().parents[:2])]
-    return next((dict(kind=k) for p in places if p.exists() and (k := read_json(p).get("kind"))), {})
+    "What the record of a run says it is and what it was tuned on, here or up to two folders above."
+    for p in (Path(path), *Path(path).absolute().parents[:2]):
+        if (p/"config.json").exists() and (made := read_json(p/"config.json")).get("kind"):
+            return dict(kind=made["kind"], settings=dict(data=made.get("settings", {}).get("data")))
+    return {}
 
 def run_quantize(
     cfg:QuantizeConfig, # which model, where to, how

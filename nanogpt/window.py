@@ -99,9 +99,9 @@ def check_room(
     rows:int,   # answers at once
     length:int, # tokens of the longest, its prompt included
 ):
-    "Raise ConfigError when that does not fit into what is free."
+    "Raise ConfigError when that does not fit into what is free; a single answer may always try."
     device = next(model.parameters()).device.type
     free = machine_memory(device)-(torch.cuda.memory_allocated() if device=="cuda" else resident_bytes())
-    if (need := batch_bytes(model, rows, length))<=free: return
+    if (need := batch_bytes(model, rows, length))<=free or rows==1: return
     raise ConfigError(f"{rows} answers of up to {length} tokens at once need {human(need)}, {human(free)} are free",
                       f"make fewer at a time, rows={max(1, rows*max(0, free)//need)}, or lower --n or --max_tokens")

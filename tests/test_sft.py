@@ -292,7 +292,7 @@ def test_a_kernel_of_one_width_is_refused(whole, tmp_path):
 
 # ---- stopped, and stopped early --------------------------------------------------------------------------------------
 
-EARLY = (*SFT, *"--rows 6 --val_rows 12 --steps 60 --lr 0.1 --warmup_steps 0 --eval_every 3 --save_every 4 --keep 2 --patience 2".split())
+EARLY = (*SFT, *"--rows 6 --val_rows 12 --steps 60 --lr 0.1 --warmup_steps 0 --eval_every 3 --save_every 2 --keep 2 --patience 2".split())
 
 @pytest.fixture(scope="module", params=["yes", "no"])
 def early(request, whole, tmp_path_factory):
