@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import checkpoint as ck
-from .batch import answer_file, asked, row_settings
+from .batch import answer_file, question_of, row_settings
 from .beam import BeamConfig, beam
 from .core import ConfigError, ShapeError, read_json, say
 from .flags import GenerateConfig, PlaceConfig, knobs
@@ -184,7 +184,7 @@ def answer_prompts(
     def begin():
         speaker = Speaker(cfg)
         def prepare(row):
-            said,own = asked(row),row_settings(knobs(cfg), row)
+            said,own = question_of(row),row_settings(knobs(cfg), row)
             return tuple(speaker.ids(said, own)),own
         return prepare, lambda jobs: answer(speaker, jobs)
     counts = answer_file(cfg.prompts, cfg.out, plan(cfg), cfg.batch, begin)
