@@ -82,7 +82,9 @@ def test_record_of_the_talk():
     for b in (1, 8):
         rows = [r for r in record["rows"] if r["batch"]==b]
         assert {r["player"] for r in rows}=={"ours", "transformers", "llamacpp"}
-        assert len(talk_text(rows).splitlines())==2+len(rows)
+        assert len(talk_text(rows).splitlines())==2+len(rows) and talk_text(rows) in "\n".join(README)
+        best = {who: max(r["tokens_per_second"] for r in rows if r["player"]==who) for who in ("ours", "llamacpp")}
+        assert (best["ours"]>best["llamacpp"])==(b==8)                             # as the README says
         assert len({(r["prompt"], r["tokens"], r["threads"], r["bandwidth"]) for r in rows})==1   # the same task, the same minutes
         same = {f"{r['player']} {r['kind']}": r["same"] for r in rows}
         assert same["transformers float32"]==same["llamacpp f16"]==1              # they run the same model
