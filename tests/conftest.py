@@ -53,3 +53,14 @@ def tuned(whole):
     from mini import SFT, run
     run(*SFT, "--init", whole, "--out", whole.parent/"tuned")
     return whole.parent/"tuned"
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    "Runs a verb in this process, which is quick; gives exit code, stdout and stderr."
+    for name in ("NANOGPT_DATA", "WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
+    from nanogpt.cli import main
+    def call(*words):
+        capsys.readouterr()
+        code = main([str(w) for w in words])
+        return (code, *capsys.readouterr())
+    return call

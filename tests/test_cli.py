@@ -11,20 +11,10 @@ from importlib import import_module
 import pytest
 from mini import PRETRAIN, SFT, command, copy, environment, here, one_message, run, tree
 
-from nanogpt.cli import VERBS, main, parse_only
+from nanogpt.cli import VERBS, parse_only
 from nanogpt.settings import settings
 
 FAST = "--device cpu --dtype float32 --kernel fused --threads 1".split()
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    "Runs a verb in this process, which is quick; gives exit code, stdout and stderr."
-    for name in ("NANOGPT_DATA", "WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
-    def call(*words):
-        capsys.readouterr()
-        code = main([str(w) for w in words])
-        return (code, *capsys.readouterr())
-    return call
 
 @pytest.fixture
 def refused(call):

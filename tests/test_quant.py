@@ -8,7 +8,6 @@ import torch
 from mini import one_message
 
 from nanogpt.checkpoint import load_model, save_model
-from nanogpt.cli import main
 from nanogpt.core import CheckpointError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.quant import KINDS
@@ -24,16 +23,6 @@ def run_of(tmp_path_factory):
     save_model(home/"model", GPT(cfg), tok)
     (home/"config.json").write_text('{"kind": "SFTConfig"}')
     return home
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    "Runs a verb in this process; gives exit code, stdout and stderr."
-    for name in ("NANOGPT_DATA", "WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
-    def call(*words):
-        capsys.readouterr()
-        code = main([str(w) for w in words])
-        return (code, *capsys.readouterr())
-    return call
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_through_the_verbs(kind, run_of, tmp_path, call):
