@@ -1239,7 +1239,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanogpt.widgets._menu': ('widgets.html#_menu', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets._pair': ('widgets.html#_pair', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets._who': ('widgets.html#_who', 'nanogpt/widgets.py'),
-                                 'nanogpt.widgets._zone': ('widgets.html#_zone', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.answers_html': ('widgets.html#answers_html', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.asset': ('widgets.html#asset', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.cards_html': ('widgets.html#cards_html', 'nanogpt/widgets.py'),
