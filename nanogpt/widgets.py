@@ -183,13 +183,12 @@ def cards_html(
     "The list of conversations, by day."
     out,last = "",None
     for c in cards:
-        day = _days(t, time.localtime(now), time.localtime(c.updated))
-        if day!=last: out,last = out+f'<h3 class="ng-day">{plain(day)}</h3>',day
+        if (day := _days(t, time.localtime(now), time.localtime(c.updated)))!=last: out,last = out+f'<h3 class="ng-day">{plain(day)}</h3>',day
         if c.id==asking[0]: out += _asked(t, c, asking[1]); continue
         current = ' aria-current="true"' if c.id==opened else ""
         out += (f'<div class="ng-card" data-arg="{c.id}"{current}><button type="button" class="ng-open" data-do="open" data-arg="{c.id}" data-close="1" '
                 f'title="{plain(c.title)}">{plain(c.title)}</button>{_menu(t, c)}</div>')
-    return out or f'<p class="ng-quiet" style="padding:8px">{plain(t("No conversations yet."))}</p>'
+    return out or f'<p class="ng-quiet">{plain(t("No conversations yet."))}</p>'
 
 # %% ../nbs/19h_widgets.ipynb #abd4296c
 def empty_html(
