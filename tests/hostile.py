@@ -25,7 +25,7 @@ HOSTILE = {
     "picture": f"<img src=x onerror={RUN}>",
     "picture, never closed": f"<img src=x onerror={RUN} ",
     "picture, odd blanks": f"<img/src=x\nonerror\t=\f'{RUN}'>",
-    "picture, by entities": f"<img src=x onerror=&#119;indow.taken&equals;1>",
+    "picture, by entities": "<img src=x onerror=&#119;indow.taken&equals;1>",
     "svg": f"<svg onload={RUN}>",
     "svg with a slash": f"<svg/onload={RUN}>",
     "svg's script": f"<svg><script>{RUN}</script></svg>",
