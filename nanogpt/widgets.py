@@ -9,6 +9,7 @@ __all__ = ['asset', 'Board', 'press', 'meter', 'user_html', 'growing_html', 'ans
 # %% ../nbs/19h_widgets.ipynb #b34c3663
 import time
 from collections.abc import Callable
+from datetime import date
 from importlib.resources import files
 
 import anywidget
@@ -153,8 +154,10 @@ def answers_html(
                 f'<div class="ng-under">{tools}{figures}</div></article>')
     return _pair(list(map(one, turns)))
 
-# %% ../nbs/19h_widgets.ipynb #20be00cc
-def _days(t, age): return next(s for n,s in ((1, t("Today")), (2, t("Yesterday")), (8, t("This week")), (10**9, t("Earlier"))) if age<n)
+# %% ../nbs/19h_widgets.ipynb #3d47ee57
+def _days(t, now, then):
+    age = date(*now[:3]).toordinal() - date(*then[:3]).toordinal()
+    return next(s for n,s in ((1, t("Today")), (2, t("Yesterday")), (8, t("This week")), (10**9, t("Earlier"))) if age<n)
 
 def _menu(t, card):
     tools = [("rename", t("Rename"), "ng-rename"), ("export", t("Export as Markdown"), "ng-export-md"),
@@ -181,15 +184,13 @@ def cards_html(
     "The list of conversations, by day."
     out,last = "",None
     for c in cards:
-        day = _days(t, (now+_zone(now))//86400 - (c.updated+_zone(now))//86400)
+        day = _days(t, time.localtime(now), time.localtime(c.updated))
         if day!=last: out,last = out+f'<h3 class="ng-day">{plain(day)}</h3>',day
         if c.id==asking[0]: out += _asked(t, c, asking[1]); continue
         current = ' aria-current="true"' if c.id==opened else ""
         out += (f'<div class="ng-card" data-arg="{c.id}"{current}><button type="button" class="ng-open" data-do="open" data-arg="{c.id}" data-close="1" '
                 f'title="{plain(c.title)}">{plain(c.title)}</button>{_menu(t, c)}</div>')
     return out or f'<p class="ng-quiet" style="padding:8px">{plain(t("No conversations yet."))}</p>'
-
-def _zone(now): return time.localtime(now).tm_gmtoff
 
 # %% ../nbs/19h_widgets.ipynb #abd4296c
 def empty_html(
@@ -260,7 +261,7 @@ def presets_html(
 def _input(c, value):
     if c.kind=="text": return w.Textarea(value, continuous_update=False)
     kind = w.BoundedIntText if c.kind=="number" else w.IntSlider if isinstance(c.step, int) else w.FloatSlider
-    return kind(value, min=c.least, max=c.most, step=c.step, **dict(continuous_update=False)*(c.kind=="slider"))
+    return kind(value, min=c.least, max=c.most, step=c.step, continuous_update=False)
 
 class Panel:
     "The knobs: each with its name, what it does, and a widget; one that changes nothing now is dimmed."
