@@ -40,9 +40,9 @@ class Board(anywidget.AnyWidget):
         self.on_msg(lambda _, said, __: self.heard(said))
     def heard(
         self,
-        said:dict, # act, arg and value, from the browser
+        said:dict, # act, arg and value
     ):
-        "A browser has come, or a button was pressed."
+        "A browser has come, or something was pressed in it."
         if said.get("act")=="ready": self.show(self.parts)
         self.press(*(said.get(k, "") for k in ("act","arg","value")))
     def tell(
@@ -106,7 +106,7 @@ def meter(
 )->str:
     "How much, and how fast."
     pace = f" · {t('{n} tokens/s', n=f'{tokens/seconds:.0f}')}" if seconds>0 and tokens>1 else ""
-    return t("{n} tokens", n=tokens) + pace
+    return t("{n} tokens", one="{n} token", n=tokens) + pace
 
 def user_html(
     t:Callable, # the phrases
@@ -147,11 +147,10 @@ def answers_html(
         if not o.side: tools += press("regenerate", t("Regenerate"), o.id, "ng-regenerate", "redo")
         if known(o): tools += (press("tokens", t("Tokens"), o.id, "ng-tokens", "odds")
                                + press("attention", t("Attention"), o.id, "ng-attention", "eye"))
-        said = f'<p class="ng-why">{plain(why(o))}</p>' if why(o) else ""
-        figures = f'<span class="ng-meter">{plain(meter(t, o.tokens, o.seconds))}</span>' if o.tokens else ""
+        said,figures = (f'<p class="ng-why">{plain(why(o))}</p>' if why(o) else ""), (plain(meter(t, o.tokens, o.seconds)) if o.tokens else "")
         return (f'<article class="ng-turn ng-answer" data-turn="{o.id}" data-side="{plain(o.side)}" aria-label="{plain(o.model)}">'
                 f'{_who(o.model)}<div class="ng-text" dir="auto">{markdown(o.text)}</div>{said}'
-                f'<div class="ng-under">{tools}{figures}</div></article>')
+                f'<div class="ng-under">{tools}<span class="ng-meter">{figures}</span></div></article>')
     return _pair(list(map(one, turns)))
 
 # %% ../nbs/19h_widgets.ipynb #3d47ee57
@@ -212,10 +211,9 @@ def homeless_html(
     "A page without a model: what is missing, and a button that makes one."
     button = press("demo_stop", t("Stop training"), "", "ng-line") if running else press("demo", t("Train a small model now"), "", "ng-demo ng-main-act")
     log = f'<div class="ng-demo-log" role="log">{"<br>".join(map(plain, lines))}</div>' if lines else ""
-    found = "".join(f"<p>{plain(o)}</p>" for o in bad)
     title = t("A small model is being trained …") if running else t("There is no trained model yet")
     return (f'<div class="ng-empty"><h1>{plain(title)}</h1><p>{plain(t("The demo trains one from nothing on this machine: a few minutes, without network."))}</p>'
-            f'{button}{log}{found}</div>')
+            f'{button}{log}{"".join(f"<p>{plain(o)}</p>" for o in bad)}</div>')
 
 def waking_html(
     t:Callable, # the phrases
@@ -233,8 +231,7 @@ def note_html(
 )->str:
     "A strip above the conversation that stays until it is closed."
     kind,role = ("ng-alert","alert") if bad else ("ng-note","status")
-    more = f"<br>{plain(fix)}" if fix else ""
-    return f'<div class="{kind}" role="{role}"><p>{plain(text)}{more}</p>{press("close", t("Close"), "", "ng-bare", "shut")}</div>'
+    return f'<div class="{kind}" role="{role}"><p>{plain(text)}{f"<br>{plain(fix)}" if fix else ""}</p>{press("close", t("Close"), "", "ng-bare", "shut")}</div>'
 
 def composer_html(
     t:Callable, # the phrases
