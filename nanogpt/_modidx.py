@@ -228,6 +228,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanogpt.clean._Signs': ('clean.html#_signs', 'nanogpt/clean.py'),
                                'nanogpt.clean._Signs.__missing__': ('clean.html#_signs.__missing__', 'nanogpt/clean.py'),
                                'nanogpt.clean._alt': ('clean.html#_alt', 'nanogpt/clean.py'),
+                               'nanogpt.clean._filter': ('clean.html#_filter', 'nanogpt/clean.py'),
                                'nanogpt.clean._reader': ('clean.html#_reader', 'nanogpt/clean.py'),
                                'nanogpt.clean._tame': ('clean.html#_tame', 'nanogpt/clean.py'),
                                'nanogpt.clean.dangers': ('clean.html#dangers', 'nanogpt/clean.py'),

@@ -101,13 +101,15 @@ def _reader():
 
 _MARKDOWN = _reader()
 
+def _filter(tag, name, value): return value if name!="href" or safe_link(value) else None
+
 def markdown(
     text:str, # Markdown, of anybody
 )->str:
     "Safe HTML: nothing in it runs, nothing is fetched; links lead to the web or to a mailbox, in a tab of their own, and say where."
     html = nh3.clean(_MARKDOWN.render(visible(text)), tags=TAGS, attributes=ATTRIBUTES, clean_content_tags=set(),
         url_schemes={"http","https","mailto"}, url_relative="deny", link_rel="noopener noreferrer nofollow",
-        set_tag_attribute_values=ALWAYS, filter_style_properties={"text-align"})
+        set_tag_attribute_values=ALWAYS, filter_style_properties={"text-align"}, attribute_filter=_filter)
     return visible(html) # once more: Markdown's &#8238; has become a character only now
 
 # %% ../nbs/19_clean.ipynb #333aac2f
