@@ -29,7 +29,7 @@ function render({model, el}) {
   const app = () => el.closest(".ng-app") ?? document.body
   const part = key => [...el.children].find(o => o.dataset.part === key)
   const grow = box => { box.style.height = "auto"; box.style.height = Math.min(box.scrollHeight, innerHeight * .4) + "px" }
-  const alone = () => !document.querySelector(".jp-LabShell")            // a page of its own, not a cell in JupyterLab
+  const alone = () => "voila" in document.body.dataset                   // a page of its own, not a cell in JupyterLab
   const narrow = () => matchMedia("(max-width: 900px)").matches
   let follow = true                                                      // stay at the end while the answer grows
 
