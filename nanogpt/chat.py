@@ -24,7 +24,7 @@ from .peek import alternatives_html, attention_html, attention_weights, hindsigh
 from .phrases import LANGUAGES, Phrases, pick_language
 from .session import Session
 from .shelf import Loaded, Shelf, make_demo
-from .widgets import Board, Panel, asset, composer_html, empty_html, homeless_html, note_html, presets_html, press, waking_html
+from .widgets import Board, Panel, asset, composer_html, empty_html, homeless_html, note_html, press, tag
 
 # %% ../nbs/19j_chat.ipynb #c552b207
 class Frame:
@@ -35,8 +35,9 @@ class Frame:
         values:dict,    # knob → its place
     ):
         board = lambda css,**about: Board(css, heard, **about)
-        self.brand,self.cards,self.foot,self.menu,self.gear = map(board, ("ng-brand","ng-cards","ng-foot","ng-menu-box","ng-gear-box"))
-        self.notes,self.composer,self.head,self.presets,self.peek = map(board, ("ng-notes","ng-composer","ng-drawer-top","ng-presets","ng-peek"))
+        self.brand,self.cards,self.foot = map(board, ("ng-brand","ng-cards","ng-foot"))
+        self.menu,self.gear,self.notes,self.composer = map(board, ("ng-menu-box","ng-gear-box","ng-notes","ng-composer"))
+        self.head,self.presets,self.peek = map(board, ("ng-drawer-top","ng-presets","ng-peek"))
         self.log = board("ng-log", role="log", aria_live="polite", tabindex="0")
         box = lambda kind,css,*inside: kind(list(inside), _dom_classes=css.split())
         named = lambda o,css,act: (o.add_class(css), o.observe(lambda change: heard(act, change.new, ""), "value"), o)[-1]
@@ -45,8 +46,9 @@ class Frame:
         style = w.HTML(f"<style>{asset('chat.css')}</style>", layout=dict(display="none"))
         knobs = box(w.VBox, "ng-drawer ng-knobs", self.presets, self.panel.box)
         top = box(w.HBox, "ng-top", self.menu, self.model, self.compare, box(w.HBox, "ng-spring"), self.gear)
-        self.root = box(w.VBox, "ng-app", style, box(w.VBox, "ng-side ng-left", self.brand, self.search, self.cards, self.foot),
-            box(w.VBox, "ng-main", top, self.notes, self.log, self.composer), box(w.VBox, "ng-side ng-right", self.head, knobs, self.peek))
+        left = box(w.VBox, "ng-side ng-left", self.brand, self.search, self.cards, self.foot)
+        middle = box(w.VBox, "ng-main", top, self.notes, self.log, self.composer)
+        self.root = box(w.VBox, "ng-app", style, left, middle, box(w.VBox, "ng-side ng-right", self.head, knobs, self.peek))
     def words(
         self,
         t:Callable, # the phrases
@@ -54,13 +56,13 @@ class Frame:
     ):
         "Write all that is always there, in one language."
         flip = lambda act,label,css,icon: press(f"flip:{act}", label, "", f"{css} ng-bare", icon)
-        self.brand.put("brand", '<span class="ng-name">nanogpt</span>'+press("new", t("New chat"), "", "ng-new ng-bare", "new"))
-        names = "".join(f'<option value="{k}"{" selected" if k==lang else ""}>{plain(v)}</option>' for k,v in LANGUAGES.items())
-        self.foot.put("foot", f'<select class="ng-pick ng-language" data-do="language" aria-label="{plain(t("Language"))}">{names}</select>'
+        self.brand.put("brand", tag("span", "nanogpt", css="ng-name")+press("new", t("New chat"), "", "ng-new ng-bare", "new"))
+        names = (tag("option", plain(v), value=k, selected=k==lang) for k,v in LANGUAGES.items())
+        self.foot.put("foot", tag("select", *names, css="ng-pick ng-language", data_do="language", aria_label=t("Language"))
                       + flip("theme", t("Light or dark"), "ng-theme", "theme"))
         self.menu.put("menu", flip("left", t("Conversations"), "ng-menu", "menu"))
         self.gear.put("gear", flip("right", t("Settings"), "ng-gear", "gear"))
-        self.head.put("head", f'<h2>{plain(t("Settings"))}</h2>'+flip("right", t("Close"), "ng-shut", "shut"))
+        self.head.put("head", tag("h2", plain(t("Settings")))+flip("right", t("Close"), "ng-shut", "shut"))
         self.composer.put("form", composer_html(t))
         self.search.placeholder,self.compare.description = t("Search"),t("Compare with base")
         self.compare.tooltip = t("Ask the model as it was before its tuning too: same question, same settings, same seed")
@@ -79,7 +81,8 @@ class Desk(Session):
         if self.conversation==int(arg): self._on_new("", "")
         self.history.delete(int(arg))
         self._on_ask_no("", "")
-    def _save(self, arg, end, text, mime): self.frame.brand.tell("save", name=file_name(self.titles.get(int(arg), ""))+end, text=text, mime=mime)
+    def _save(self, arg, end, text, mime):
+        self.frame.brand.tell("save", name=file_name(self.titles.get(int(arg), ""))+end, text=text, mime=mime)
     def _on_export(self, arg, value): self._save(arg, ".md", self.history.markdown(int(arg)), "text/markdown")
     def _on_json(self, arg, value): self._save(arg, ".json", self.history.json(int(arg)), "application/json")
     def _on_copy(self, arg, value): self.frame.log.tell("copy", arg=arg, text=self._text(arg), done=self.t("Copied"), label=self.t("Copy"))
@@ -130,7 +133,8 @@ class Models(Desk):
     def empty(self)->str: # HTML
         "A page without turns: how to begin, or what it waits for, or that there is no model and how to make one."
         if self.loaded: return empty_html(self.t, self._starters())
-        if self.waking: return waking_html(self.t, self.waking)
+        loading = plain(self.t("Loading {name} …", name=self.waking))
+        if self.waking: return tag("div", tag("p", loading, css="ng-waking", role="status"), css="ng-empty")
         return homeless_html(self.t, self.demo.lines() if self.demo else [], bool(self.demo and self.demo.running), self.bad)
     def _on_start(self, arg, value): self.frame.composer.tell("fill", text=self._starters()[int(arg)][1].text)
     def _on_demo(self, arg, value):
@@ -151,8 +155,8 @@ class Look(Models):
         parts:dict,  # name → HTML
     ):
         "Open the right drawer on something else than the knobs."
-        head = f'<h2>{plain(name)}</h2>'+press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut")
-        self.frame.peek.show({"head": f'<div class="ng-peek-top">{head}</div><p>{plain(why)}</p>', **parts})
+        shut = press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut")
+        self.frame.peek.show({"head": tag("div", tag("h2", plain(name)), shut, css="ng-peek-top")+tag("p", plain(why)), **parts})
         self._open(True)
     def _open(self, on):
         for name in ("ng-peeking","ng-show-right"): self.frame.composer.tell("mark", name=name, on=on)
@@ -170,15 +174,17 @@ class Look(Models):
         ids = [*ids, *out.ids]
         self.gazed = [loaded.tok, ids, attention_weights(loaded.model, ids[:-1], len(out.ids)), loaded.model.cfg.n_layer-1, None]
         why = self.t("Each row is a token of the answer, each column one before it: the darker, the more it counted.")
-        self.look(self.t("Attention"), why, {"which": self._which(), "map": attention_html(*self.gazed, self.t)})
+        self.look(self.t("Attention"), why, {"which": self._which()})
+        self._map()
     def _which(self):
         L,H,_,_ = self.gazed[2].shape
-        pick = lambda act,label,options: (f'<label>{plain(label)} <select class="ng-pick" data-do="{act}">'
-            + "".join(f'<option value="{v}"{" selected" if v==at else ""}>{plain(str(s))}</option>' for v,s,at in options) + "</select></label> ")
+        option = lambda v,s,on: tag("option", plain(str(s)), value=v, selected=v==on)
+        pick = lambda act,label,some: tag("label", plain(label), " ", tag("select", *(option(*o) for o in some), css="ng-pick", data_do=act))
         layers,heads = [(n, n+1, L-1) for n in range(L)],[("", self.t("all heads"), ""), *((n, n+1, "") for n in range(H))]
-        return f'<div class="ng-which">{pick("layer", self.t("Layer"), layers)}{pick("head", self.t("Head"), heads)}</div>'
-    def _on_layer(self, arg, value): self.gazed[3] = int(value); self.frame.peek.put("map", attention_html(*self.gazed, self.t))
-    def _on_head(self, arg, value): self.gazed[4] = int(value) if value else None; self.frame.peek.put("map", attention_html(*self.gazed, self.t))
+        return tag("div", pick("layer", self.t("Layer"), layers), pick("head", self.t("Head"), heads), css="ng-which")
+    def _on_layer(self, arg, value): self.gazed[3] = int(value); self._map()
+    def _on_head(self, arg, value): self.gazed[4] = int(value) if value else None; self._map()
+    def _map(self): self.frame.peek.put("map", attention_html(*self.gazed, self.t))
 
 # %% ../nbs/19j_chat.ipynb #0c202a18
 class App(Look):
@@ -190,7 +196,7 @@ class App(Look):
     ):
         self.settings = o = page_settings() | (settings or {})
         served = "NANOGPT_CHAT" in os.environ or "history" in (settings or {})
-        path = {"auto":history_path(), "none":None}.get(o["history"], o["history"]) if served else None # a lesson leaves nothing behind
+        path = {"auto":history_path(), "none":None}.get(o["history"], o["history"]) if served else None # a lesson keeps nothing
         self.lang = pick_language(o["accept_language"]) if o["language"]=="auto" else o["language"]
         values = DEFAULTS | {k:v for k,v in o["knobs"].items() if k in DEFAULTS and v is not None} | dict(system=o["system"])
         super().__init__(History(path and Path(path)), Frame(self.heard, values), Phrases(self.lang).t, values)
@@ -222,7 +228,11 @@ class App(Look):
         self.speak(pick_language(wanted))
     def _on_language(self, arg, value): self.settings["language"] = value; self.speak(value)
     def _on_close(self, arg, value): self.frame.notes.drop("note")
-    def _knobs(self): self.frame.presets.put("presets", presets_html(self.t, self.values))
+    def _knobs(self):
+        names = dict(precise=self.t("Precise"), balanced=self.t("Balanced"), creative=self.t("Creative"))
+        at = lambda name: str(all(self.values[k]==v for k,v in PRESETS[name].items())).lower()
+        about = lambda name: dict(type="button", css="ng-preset", data_do="preset", data_arg=name, aria_pressed=at(name))
+        self.frame.presets.put("presets", "".join(tag("button", plain(label), **about(name)) for name,label in names.items()))
     def _on_knob(self, arg, value):
         self.values[arg] = value
         self.turn({})

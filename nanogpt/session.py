@@ -114,8 +114,9 @@ class Talks:
     )->str:
         "Why it ended, and what was left out, in words."
         if turn.id in self.remarks: return " ".join(self.remarks[turn.id])
-        size = self.loaded.model.cfg.block_size if self.loaded else 0
-        try: return self.t("This answer was not finished.") if turn.reason=="error" else " ".join(status(turn.reason, Budget([], [], 0, 0, size), settings_of(turn.settings), self.t))
+        if turn.reason=="error": return self.t("This answer was not finished.")
+        sent = Budget([], [], 0, 0, self.loaded.model.cfg.block_size if self.loaded else 0)
+        try: return " ".join(status(turn.reason, sent, settings_of(turn.settings), self.t))
         except NanoError: return ""
     def empty(self)->str: # HTML
         "What a page without turns says; a page knows more."
@@ -194,8 +195,8 @@ class Session(Talks):
         "Begin the answers."
         values = self.values | dict(seed=self.values["seed"]+self.tries)
         cfg = settings_of(values)
-        add = lambda k,name: self.history.add(self.conversation, "assistant", "", model=name, settings=values, reason=RUNNING, side=name if k else "")
-        r = self.running = Running(self.conversation, [add(k, name) for k,(name,_,_) in enumerate(sides)], sides, cfg)
+        add = lambda name,side: self.history.add(self.conversation, "assistant", "", model=name, settings=values, reason=RUNNING, side=side)
+        r = self.running = Running(self.conversation, [add(name, name if k else "") for k,(name,_,_) in enumerate(sides)], sides, cfg)
         r.shown,r.next = [""]*len(sides),[1]*len(sides)
         self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in sides]))
         self.frame.composer.tell("mark", name="ng-busy", on=True)
