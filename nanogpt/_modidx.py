@@ -411,7 +411,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nanogpt.dialogue.Dialogue.sent': ('dialogue.html#dialogue.sent', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue.Dialogue.waiting': ('dialogue.html#dialogue.waiting', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue.Starter': ('dialogue.html#starter', 'nanogpt/dialogue.py'),
-                                  'nanogpt.dialogue._english': ('dialogue.html#_english', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue._page_words': ('dialogue.html#_page_words', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue._place': ('dialogue.html#_place', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue._starters': ('dialogue.html#_starters', 'nanogpt/dialogue.py'),
