@@ -54,22 +54,26 @@ def _base(path, made):
     return found or (Path(told) if hub_name(told) else None)
 
 def _whole(folder):
-    "Raise CheckpointError unless every file is there with its size; sums are for who loads it."
+    "The folder, if every file is there with its size (the sums are for who loads it); raises CheckpointError."
     for name,want in read_json(folder/"MANIFEST.json").items():
         size = (folder/name).stat().st_size if (folder/name).exists() else None
         if size!=want["size"]:
             how = "is missing" if size is None else f"has {size:,} bytes, not {want['size']:,}"
             raise CheckpointError(f"{name} {how}", "make it again")
+    return folder
 
 # %% ../nbs/19e_shelf.ipynb #19e00013
 def _ours(path):
-    "Where our own weights lie: the final ones, or the newest whole checkpoint; and a remark."
-    if (path/"model/config.json").exists(): return path/"model", ""
-    if (path/"config.json").exists() and (path/"model.safetensors").exists(): return path, ""
-    found = [p for p in checkpoints(path) if (p/"MANIFEST.json").exists()]
-    if not found: raise CheckpointError("nothing is saved yet", "wait for its first checkpoint, or train it on")
-    end = read_json(path/"exit.json")["reason"] if (path/"exit.json").exists() else "still training, or killed"
-    return found[-1], f"step {int(found[-1].name[5:]):,}: {end}"
+    "Where our own weights lie, whole: the final ones, or the newest checkpoint; and a remark."
+    if not path.is_dir(): raise CheckpointError("there is no such folder", "choose another")
+    for home,file in ((path/"model", "config.json"), (path, "model.safetensors")):
+        if (home/file).exists() and (home/"config.json").exists(): return _whole(home), ""
+    why = CheckpointError("nothing is saved yet", "wait for its first checkpoint, or train it on")
+    for home in reversed(checkpoints(path)):
+        end = read_json(path/"exit.json")["reason"] if (path/"exit.json").exists() else "still training, or killed"
+        try: return _whole(home), f"step {int(home.name[5:]):,}: {end}"
+        except NanoError as e: why = e
+    raise why
 
 def _describe(path):
     "All but name and path."
@@ -80,7 +84,6 @@ def _describe(path):
         when = max(o.stat().st_mtime for o in path.glob("*") if o.suffix in (".json",".safetensors",".bin"))
         return dict(kind="hub", note=family, when=when, parameters=count(cfg) if cfg else 0)
     home,note = _ours(path)
-    _whole(home)
     if not (home/"tokenizer.json").exists(): raise CheckpointError("tokenizer.json is missing", "copy it from the run it was trained in")
     made,data = _made(path),read_json(home/"config.json")
     cfg = GPTConfig(**{f.name:data[f.name] for f in fields(GPTConfig) if f.name in data})
@@ -200,6 +203,7 @@ class Shelf:
             order,gone = touch(list(self._held), key, self.keep)
             for k in gone: del self._held[k]                       # before the new one comes: never more than keep
             if not (found := self._held.pop(key, None)):
+                if entry.kind=="bad": raise CheckpointError(f"{path}: {entry.note}", "choose another model, or make this one again")
                 model,tok = load_ready(path, *self.place)
                 found = Loaded(entry, model, tok, load_template(path, tok))
             self._held[key] = found
