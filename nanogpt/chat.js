@@ -47,7 +47,6 @@ function render({model, el}) {
   const tasks = {
     all: o => { el.replaceChildren(); follow = true; o.parts.forEach(([key, html]) => put(key, html)) },
     put: o => put(o.part, o.html),
-    drop: o => part(o.part)?.remove(),
     add: o => {
       const at = part(o.part); if (!at) return
       at.querySelector(`[data-grow="${o.k}"]`)?.insertAdjacentHTML("beforeend", o.html)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import ipywidgets as w
 
 from .clean import file_name, plain, title
-from .dialogue import DEFAULTS, LABELS, PRESETS, STARTERS, settings_of
+from .dialogue import DEFAULTS, LABELS, PRESET_LABELS, PRESETS, STARTERS, settings_of
 from .door import page_settings
 from .history import History, history_path
 from .live import Task
@@ -179,7 +179,7 @@ class Look(Models):
     def _which(self):
         L,H,_,_ = self.gazed[2].shape
         option = lambda v,s,on: tag("option", plain(str(s)), value=v, selected=v==on)
-        pick = lambda act,label,some: tag("label", plain(label), " ", tag("select", *(option(*o) for o in some), css="ng-pick", data_do=act))
+        pick = lambda act,name,some: tag("label", plain(name), " ", tag("select", *(option(*o) for o in some), css="ng-pick", data_do=act))
         layers,heads = [(n, n+1, L-1) for n in range(L)],[("", self.t("all heads"), ""), *((n, n+1, "") for n in range(H))]
         return tag("div", pick("layer", self.t("Layer"), layers), pick("head", self.t("Head"), heads), css="ng-which")
     def _on_layer(self, arg, value): self.gazed[3] = int(value); self._map()
@@ -227,12 +227,11 @@ class App(Look):
         wanted = value["languages"] if self.settings["language"]=="auto" else self.lang
         self.speak(pick_language(wanted))
     def _on_language(self, arg, value): self.settings["language"] = value; self.speak(value)
-    def _on_close(self, arg, value): self.frame.notes.drop("note")
+    def _on_close(self, arg, value): self.frame.notes.show({})
     def _knobs(self):
-        names = dict(precise=self.t("Precise"), balanced=self.t("Balanced"), creative=self.t("Creative"))
         at = lambda name: str(all(self.values[k]==v for k,v in PRESETS[name].items())).lower()
         about = lambda name: dict(type="button", css="ng-preset", data_do="preset", data_arg=name, aria_pressed=at(name))
-        self.frame.presets.put("presets", "".join(tag("button", plain(label), **about(name)) for name,label in names.items()))
+        self.frame.presets.put("presets", "".join(tag("button", plain(self.t(o)), **about(k)) for k,o in PRESET_LABELS.items()))
     def _on_knob(self, arg, value):
         self.values[arg] = value
         self.turn({})

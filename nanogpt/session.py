@@ -254,7 +254,7 @@ class Session(Talks):
         try:
             if not self.loaded: raise ConfigError("no model is loaded yet", "wait a moment, or choose one above")
             if self.running: raise ConfigError("the last answer is still coming", "wait for it, or stop it")
-            self.frame.notes.drop("note")
+            self.frame.notes.show({})
             self.ask(value["text"])
         except Exception: self.frame.composer.tell("fill", text=value["text"]); raise # nothing that was typed is lost
     def _on_stop(self, arg, value):

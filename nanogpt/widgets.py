@@ -77,12 +77,6 @@ class Board(anywidget.AnyWidget):
         "Let a text grow: only the new piece is sent."
         self.parts[part] = self.parts[part].replace(f"<!--{k}-->", f"{html}<!--{k}-->", 1)
         self.tell("add", part=part, k=k, html=html, meter=meter)
-    def drop(
-        self,
-        part:str, # its name
-    ):
-        "Take a part away."
-        if self.parts.pop(part, None) is not None: self.tell("drop", part=part)
 
 # %% ../nbs/19h_widgets.ipynb #0a55438b
 def tag(
@@ -96,6 +90,8 @@ def tag(
     told = "".join(f" {k}" if v is True else f' {k}="{plain(str(v))}"' for k,v in names.items())
     return f"<{kind}{told}>" + ("" if kind=="input" else f"{''.join(inside)}</{kind}>")
 
+def _icon(name): return tag("span", css=f"ng-i ng-i-{name}", aria_hidden="true") if name else ""
+
 def press(
     act:str,       # what Python is told; "flip:left" and the like stay in the browser
     label:str,     # what it says, and what a screen reader reads
@@ -107,8 +103,7 @@ def press(
     "A button."
     about |= dict(data_flip=act[5:]) if act.startswith("flip:") else dict(data_do=act, data_arg=arg)
     if "ng-bare" in css: about |= dict(aria_label=label, title=label)
-    drawn = tag("span", css=f"ng-i ng-i-{icon}", aria_hidden="true") if icon else ""
-    return tag("button", drawn, tag("span", plain(label)), type="button", css=f"ng-press {css}", **about)
+    return tag("button", _icon(icon), tag("span", plain(label)), type="button", css=f"ng-press {css}", **about)
 
 # %% ../nbs/19h_widgets.ipynb #e536d2b3
 def meter(
@@ -170,9 +165,9 @@ def _day(t, now, then):
     return next(s for n,s in ((1, t("Today")), (2, t("Yesterday")), (8, t("This week")), (10**9, t("Earlier"))) if age<n)
 
 def _menu(t, card):
-    tools = [("rename", t("Rename"), "ng-rename"), ("export", t("Export as Markdown"), "ng-export-md"),
-             ("json", t("Export as JSON"), "ng-export-json"), ("delete", t("Delete"), "ng-delete ng-danger")]
-    dots = tag("summary", tag("span", css="ng-i ng-i-dots"), aria_label=t("More"))
+    tools = (("rename", t("Rename"), "ng-rename"), ("export", t("Export as Markdown"), "ng-export-md"),
+             ("json", t("Export as JSON"), "ng-export-json"), ("delete", t("Delete"), "ng-delete ng-danger"))
+    dots = tag("summary", _icon("dots"), aria_label=t("More"))
     return tag("details", dots, tag("div", *(press(act, label, card.id, css) for act,label,css in tools)), css="ng-more")
 
 def _asked(t, card, what):
@@ -200,8 +195,8 @@ def cards_html(
         if day!=last: out,last = out+tag("h3", plain(day), css="ng-day"),day
         if c.id==asking[0]: out += _asked(t, c, asking[1]); continue
         about = dict(type="button", css="ng-open", data_do="open", data_arg=c.id, data_close=1, title=c.title)
-        out += tag("div", tag("button", plain(c.title), **about), _menu(t, c), css="ng-card", data_arg=c.id,
-                   aria_current="true" if c.id==opened else None)
+        now_open = dict(aria_current="true") if c.id==opened else {}
+        out += tag("div", tag("button", plain(c.title), **about), _menu(t, c), css="ng-card", data_arg=c.id, **now_open)
     return out or tag("p", plain(t("No conversations yet.")), css="ng-quiet")
 
 # %% ../nbs/19h_widgets.ipynb #abd4296c
@@ -238,21 +233,20 @@ def note_html(
 )->str:
     "A strip above the conversation that stays until it is closed."
     said = tag("p", plain(text), f"<br>{plain(fix)}" if fix else "")
-    css,role = ("ng-alert","alert") if bad else ("ng-note","status")
-    return tag("div", said, press("close", t("Close"), "", "ng-bare", "shut"), css=css, role=role)
+    about = dict(css="ng-alert", role="alert") if bad else dict(css="ng-note", role="status")
+    return tag("div", said, press("close", t("Close"), "", "ng-bare", "shut"), **about)
 
 def composer_html(
     t:Callable, # the phrases
 )->str:
     "Where one types."
-    editing = plain(t("You are editing an earlier question: what came after it is replaced."))
+    editing = tag("span", plain(t("You are editing an earlier question: what came after it is replaced.")))
     name = tag("label", plain(t("Your question")), css="ng-sr", **{"for":"ng-input"})
     box = tag("textarea", id="ng-input", css="ng-input", name="text", rows=1, placeholder=t("Ask something"), maxlength=20_000, dir="auto")
-    icon = tag("span", css="ng-i ng-i-send", aria_hidden="true")
-    send = tag("button", icon, css="ng-press ng-send ng-main-act", aria_label=t("Send"), title=t("Send"))
+    send = tag("button", _icon("send"), css="ng-press ng-send ng-main-act", aria_label=t("Send"), title=t("Send"))
     form = tag("form", name, box, press("stop", t("Stop"), "", "ng-stop ng-bare", "stop"), send, data_do="send")
-    hint = t("Enter sends · Shift+Enter makes a new line · Escape stops · small models often err")
-    return tag("div", tag("span", editing), press("keep", t("Cancel")), css="ng-mending") + form + tag("p", plain(hint), css="ng-hint")
+    hint = tag("p", plain(t("Enter sends · Shift+Enter makes a new line · Escape stops · small models often err")), css="ng-hint")
+    return tag("div", editing, press("keep", t("Cancel")), css="ng-mending") + form + hint
 
 # %% ../nbs/19h_widgets.ipynb #aef55727
 def _input(c, value):
