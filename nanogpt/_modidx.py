@@ -1447,6 +1447,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanogpt.widgets._pair': ('widgets.html#_pair', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.answers_html': ('widgets.html#answers_html', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.asset': ('widgets.html#asset', 'nanogpt/widgets.py'),
+                                 'nanogpt.widgets.attributes': ('widgets.html#attributes', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.cards_html': ('widgets.html#cards_html', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.composer_html': ('widgets.html#composer_html', 'nanogpt/widgets.py'),
                                  'nanogpt.widgets.empty_html': ('widgets.html#empty_html', 'nanogpt/widgets.py'),

@@ -41,7 +41,7 @@ function render({model, el}) {
     at.dataset.part = key; at.innerHTML = html
     const next = at.querySelector("textarea")
     if (next && typed) { next.value = typed; grow(next) }
-    if (next && (here || alone() && document.activeElement === document.body)) next.focus()
+    if (next && (here || alone() && !narrow() && document.activeElement === document.body)) next.focus() // a phone would open its keyboard
     at.querySelector("[autofocus]")?.focus()
   }
   const tasks = {
@@ -75,7 +75,7 @@ function render({model, el}) {
   const listen = o => {
     follow = el.scrollHeight - el.scrollTop - el.clientHeight < near || o.op === "all"
     tasks[o.op]?.(o)
-    if (follow && model.get("css").includes("ng-log")) el.scrollTop = el.scrollHeight
+    if (follow && model.get("css").includes("ng-log")) el.scrollTop = el.querySelector(".ng-turn") ? el.scrollHeight : 0
   }
   model.on("msg:custom", listen)
 
@@ -119,7 +119,7 @@ function render({model, el}) {
     app().classList.toggle("ng-page", alone()); document.body.classList.toggle("ng-body", alone())
     if (!narrow()) app().classList.add("ng-show-left")
     on(app(), "click", e => { if (e.target === app()) app().classList.remove("ng-show-left", "ng-show-right") })
-    if (alone()) el.querySelector("textarea")?.focus()
+    if (alone() && !narrow()) el.querySelector("textarea")?.focus()
   }
   if (model.get("css").includes("ng-composer")) arrive()
   let kept = null

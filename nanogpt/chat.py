@@ -64,7 +64,7 @@ class Frame:
         self.gear.put("gear", flip("right", t("Settings"), "ng-gear", "gear"))
         self.head.put("head", tag("h2", plain(t("Settings")))+flip("right", t("Close"), "ng-shut", "shut"))
         self.composer.put("form", composer_html(t))
-        self.search.placeholder,self.compare.description = t("Search"),t("Compare with base")
+        self.search.placeholder,self.compare.description = t("Search"),t("Compare")
         self.compare.tooltip = t("Ask the model as it was before its tuning too: same question, same settings, same seed")
         self.panel.words(t)
         self.composer.tell("page", lang=lang, title="nanogpt", names={".ng-search input":t("Search"), ".ng-model select":t("Model"),
