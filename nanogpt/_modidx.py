@@ -1465,6 +1465,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nanogpt.window.Window.keep': ('window.html#window.keep', 'nanogpt/window.py'),
                                 'nanogpt.window.Window.step': ('window.html#window.step', 'nanogpt/window.py'),
                                 'nanogpt.window.batch_bytes': ('window.html#batch_bytes', 'nanogpt/window.py'),
+                                'nanogpt.window.begin': ('window.html#begin', 'nanogpt/window.py'),
                                 'nanogpt.window.check_room': ('window.html#check_room', 'nanogpt/window.py'),
                                 'nanogpt.window.staying': ('window.html#staying', 'nanogpt/window.py')},
             'nanogpt.words': { 'nanogpt.words.Word': ('words.html#word', 'nanogpt/words.py'),
