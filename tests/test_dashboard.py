@@ -11,7 +11,7 @@ from parrot import save_speaker, tokenizer
 from nanogpt.clean import visible
 from nanogpt.history import History
 
-TUNED, BASE, SLOW = "The tuned cat says **hello** to you, and to all others too.", "The base cat says nothing at all.", "One two three four five. "
+TUNED, BASE, SLOW = "The tuned cat says **hello** to you, and wishes everybody well.", "The base cat says nothing at all.", "One two three four five. "
 SAID = TUNED.replace("*", "")
 SHORT = {k: s[:300] for k, s in HOSTILE.items()}                   # long enough to do harm
 TEXTS = [s.encode("utf-8", "replace").decode() for s in SHORT.values()]
