@@ -82,7 +82,8 @@ class Visitor:
     def pick(self, name):
         "Choose a model by its name in the list."
         self.page.locator(".ng-model select").select_option(label=next(o for o in self.models() if name in o))
-        self.shows("name => document.querySelector('.ng-model select').selectedOptions[0].label.includes(name) && !document.querySelector('.ng-waking')", name)
+        self.shows("name => document.querySelector('.ng-model select').selectedOptions[0].label.includes(name) && !document.querySelector('.ng-waking, .ng-loading')", name)
+        self.page.wait_for_timeout(500) # TODO
     def models(self): return self.page.locator(".ng-model select option").all_text_contents()
     def type(self, text):
         self.one(".ng-input").fill(text)
@@ -95,6 +96,12 @@ class Visitor:
         return self.answers()[-1]
     def finished(self, n):
         self.shows("n => document.querySelectorAll('.ng-answer').length >= n && !document.querySelector('.ng-running')", n)
+    def anew(self, press):
+        "Do something that gives the last answer anew, and wait for its end."
+        last = "() => [...document.querySelectorAll('.ng-answer')].at(-1)?.dataset.turn"
+        before = self.page.evaluate(last)
+        press()
+        self.shows(f"before => {{ const turn = ({last})(); return turn && turn != before && !document.querySelector('.ng-running') }}", before)
     def growing(self, letters=1): self.shows("n => (document.querySelector('.ng-running .ng-text')?.textContent.length ?? 0) >= n", letters)
     def answers(self): return [o.strip() for o in self.all(".ng-answer .ng-text").all_inner_texts()]
     def questions(self): return [o.strip() for o in self.all(".ng-user .ng-text").all_inner_texts()]

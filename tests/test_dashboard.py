@@ -6,12 +6,13 @@ import time
 import pytest
 from dash import Server, Visitor, chrome
 from hostile import HOSTILE, RUNS, taken
-from parrot import save_parrot, tokenizer
+from parrot import save_speaker, tokenizer
 
 from nanogpt.clean import visible
 from nanogpt.history import History
 
-TUNED, BASE, SLOW = "The tuned cat says **hello** to you. ", "The base cat says nothing at all. ", "One two three four five. "
+TUNED, BASE, SLOW = "The tuned cat says **hello** to you, and wishes everybody well.", "The base cat says nothing at all.", "One two three four five. "
+SAID = TUNED.replace("*", "")
 SHORT = {k: s[:300] for k, s in HOSTILE.items()}                   # long enough to do harm
 TEXTS = [s.encode("utf-8", "replace").decode() for s in SHORT.values()]
 PARTS = [TEXTS[i::3] for i in range(3)]                            # of one answer each
@@ -22,14 +23,15 @@ PAD = "cat "*60                                                    # an answer b
 def models(tmp_path_factory):
     "A folder of runs whose answers are known."
     home = tmp_path_factory.mktemp("dashboard")/"runs"
-    tok = tokenizer(["\n\n".join(TEXTS)]*3+[TUNED+BASE+SLOW]*20, 900)
-    for k, part in enumerate(PARTS): save_parrot(home/f"parrot{k}", tok, PAD+"\n\n".join(part))
-    for name in NAMES: save_parrot(home/name, tok, BASE, block=64)
-    (home/"<img src=x onerror=alert(1)>").mkdir()
-    (home/"<img src=x onerror=alert(1)>"/"config.json").write_text('{"kind": "<img src=x onerror=window.taken=1>"') # one that is bad
-    save_parrot(home/"slow", tok, SLOW, end=False, layers=8)
-    save_parrot(home/"base", tok, BASE, times=6)
-    save_parrot(home/"tuned", tok, TUNED, times=6, base=home/"base")
+    tok = tokenizer(["\n\n".join(TEXTS)]*3+[TUNED+BASE+SLOW]*40, 1000)
+    for k, part in enumerate(PARTS): save_speaker(home/f"parrot{k}", tok, PAD+"\n\n".join(part), loop=True)
+    for name in NAMES: save_speaker(home/name, tok, BASE, block=256)
+    bad = home/"<img src=x onerror=alert(1)>"
+    bad.mkdir()
+    (bad/"config.json").write_text('{"kind": "<img src=x onerror=window.taken=1>"') # torn
+    save_speaker(home/"slow", tok, SLOW, end=False, layers=8, loop=True)
+    save_speaker(home/"base", tok, BASE)
+    save_speaker(home/"tuned", tok, TUNED, base=home/"base")
     return home
 
 @pytest.fixture(scope="module")
@@ -75,17 +77,15 @@ def test_a_conversation(server, browser):
         v.one(".ng-answer .ng-copy").click()
         v.shows("said => navigator.clipboard.readText().then(o => o.trim() === said)", said)
         v.pick("tuned")
-        assert "The tuned cat says hello to you." in v.ask("And you?")               # Markdown's stars are gone …
+        assert v.ask("And you?")==SAID                                               # Markdown's stars are gone …
         v.all(".ng-answer .ng-copy").last.click()
         v.shows("() => navigator.clipboard.readText().then(o => o.includes('says **hello** to'))") # … and copied
-        v.all(".ng-regenerate").last.click()
-        v.shows("() => document.querySelectorAll('.ng-answer').length == 2 && !document.querySelector('.ng-running')")
-        assert v.questions()==["Count for me", "And you?"] and "hello" in v.answers()[1]
+        v.anew(v.all(".ng-regenerate").last.click)
+        assert v.questions()==["Count for me", "And you?"] and v.answers()[1]==SAID
         v.one(".ng-user").hover()
         v.one(".ng-user .ng-edit").click()
         v.shows("() => document.querySelector('.ng-input').value == 'Count for me'")
-        v.type("Count no more")
-        v.shows("() => document.querySelectorAll('.ng-answer').length == 1 && !document.querySelector('.ng-running')")
+        v.anew(lambda: v.type("Count no more"))
         assert v.questions()==["Count no more"]
         v.shot("3-edited")
 
@@ -143,7 +143,7 @@ def test_before_and_after(server, browser):
         v.type("Who are you?")
         v.shows("() => document.querySelectorAll('.ng-answer').length == 2 && !document.querySelector('.ng-running')")
         said = {v.all(".ng-answer").nth(k).get_attribute("data-side"): o for k, o in enumerate(v.answers())}
-        assert "The tuned cat says hello" in said[""] and any("The base cat says nothing" in o for o in said.values()) and len(said)==2
+        assert said.pop("")==SAID and list(said.values())==[BASE]
         v.shot("7-compare")
 
 def test_history_stays(server, browser):
@@ -160,7 +160,7 @@ def test_history_stays(server, browser):
         v.shows("() => document.querySelectorAll('.ng-card').length == 1")
         v.one(".ng-open").click()
         v.shows("() => document.querySelector('.ng-user .ng-text')?.textContent.includes('pelican')")
-        assert "tuned cat" in v.answers()[0]
+        assert v.answers()==[SAID]
         v.one(".ng-search input").fill("鹈鹕")
         v.shows("() => document.querySelector('.ng-open')?.textContent.includes('鹈鹕')")
         v.one(".ng-search input").fill("")
