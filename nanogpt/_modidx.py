@@ -182,6 +182,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanogpt.chat.Look._which': ('chat.html#look._which', 'nanogpt/chat.py'),
                               'nanogpt.chat.Look.look': ('chat.html#look.look', 'nanogpt/chat.py'),
                               'nanogpt.chat.Models': ('chat.html#models', 'nanogpt/chat.py'),
+                              'nanogpt.chat.Models._loading': ('chat.html#models._loading', 'nanogpt/chat.py'),
                               'nanogpt.chat.Models._on_compare': ('chat.html#models._on_compare', 'nanogpt/chat.py'),
                               'nanogpt.chat.Models._on_demo': ('chat.html#models._on_demo', 'nanogpt/chat.py'),
                               'nanogpt.chat.Models._on_demo_stop': ('chat.html#models._on_demo_stop', 'nanogpt/chat.py'),

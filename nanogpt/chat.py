@@ -83,7 +83,7 @@ class Desk(Session):
         self._on_ask_no("", "")
     def _save(self, arg, end, text, mime):
         self.frame.brand.tell("save", name=file_name(self.titles.get(int(arg), ""))+end, text=text, mime=mime)
-    def _on_export(self, arg, value): self._save(arg, ".md", self.history.markdown(int(arg)), "text/markdown")
+    def _on_export(self, arg, value): self._save(arg, ".md", self.history.markdown(int(arg), self.t), "text/markdown")
     def _on_json(self, arg, value): self._save(arg, ".json", self.history.json(int(arg)), "application/json")
     def _on_copy(self, arg, value): self.frame.log.tell("copy", arg=arg, text=self._text(arg), done=self.t("Copied"), label=self.t("Copy"))
 
@@ -107,7 +107,7 @@ class Models(Desk):
     def _on_pick(self, arg, value):
         if not arg or arg==self.coming or self.loaded and str(self.loaded.entry.path)==arg: return
         self.wanted,self.coming,self.waking,self.loaded,self.base = arg,arg,self.known.get(arg, Path(arg).name),None,None
-        if not self.turns(): self.show()
+        self._loading(True)
         Task(lambda stopped: self.shelf.load(Path(arg)), partial(self.safely, self.came), partial(self.safely, self.went)).start()
     def came(
         self,
@@ -117,7 +117,7 @@ class Models(Desk):
         if str(loaded.entry.path)!=self.wanted: return
         self.loaded,self.coming,self.waking = loaded,"",""
         self.frame.compare.value,self.frame.compare.disabled = False,not loaded.entry.base
-        if not self.turns(): self.show()
+        self._loading(False)
     def went(
         self,
         error:Exception, # why no model has come
@@ -125,6 +125,9 @@ class Models(Desk):
         "Say why there is none."
         self.coming,self.waking = "",""
         self.alert(error)
+        self._loading(False)
+    def _loading(self, on):
+        self.frame.composer.tell("mark", name="ng-loading", on=on)
         if not self.turns(): self.show()
     def _on_compare(self, arg, value): self.base = self.shelf.base(self.loaded) if arg and self.loaded else None
     def _starters(self):
@@ -201,7 +204,7 @@ class App(Look):
         values = DEFAULTS | {k:v for k,v in o["knobs"].items() if k in DEFAULTS and v is not None} | dict(system=o["system"])
         super().__init__(History(path and Path(path)), Frame(self.heard, values), Phrases(self.lang).t, values)
         self.shelf,self.wanted = shelf or Shelf([Path(o["runs"])], device=o["device"], dtype=o["dtype"]),o["model"] and str(o["model"])
-        if self.history.note: self.frame.notes.put("note", note_html(self.t, self.t(self.history.note), bad=False))
+        if said := self.t(self.history.note): self.frame.notes.put("note", note_html(self.t, said, bad=False))
         self.waking = self.t("the models")
         self.speak(self.lang)
         Task(lambda stopped: self.find(), lambda out: None, partial(self.safely, self.went)).start()
@@ -220,6 +223,7 @@ class App(Look):
         "Say everything in this language from now on."
         self.lang,self.t = lang,Phrases(lang).t
         self.frame.words(self.t, lang)
+        for name,on in (("ng-busy", self.running), ("ng-loading", self.coming)): self.frame.composer.tell("mark", name=name, on=bool(on))
         self._knobs()
         self.show()
     def _on_ready(self, arg, value):

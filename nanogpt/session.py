@@ -9,13 +9,13 @@ __all__ = ['piece', 'due', 'exchanges', 'remembered', 'Talks', 'Running', 'Sessi
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from .clean import plain
 from .core import ConfigError, NanoError
 from .dialogue import DEFAULTS, Dialogue, budget, explain, settings_of, status
-from .history import RUNNING, History, Turn
+from .history import History, Keeper, Turn
 from .live import Job, Part
 from .terminal import Budget
 from .widgets import answers_html, cards_html, growing_html, meter, note_html, user_html
@@ -151,16 +151,16 @@ class Talks:
 class Running:
     "An answer that grows, or several side by side."
     conversation:int # to which it belongs
-    turns:list       # the ids of its turns, the conversation's own first
+    kept:list        # a Keeper for each turn, the conversation's own first
     sides:list       # (name, Loaded, Budget): who is asked, and what each is sent
     cfg:object       # the settings
-    job:Job|None=None # that computes it
-    shown:list=field(default_factory=list) # the texts that the browser has
-    next:list=field(default_factory=list)  # tokens to wait for
+    job:Job|None     # that computes it
+    shown:list       # the texts that the browser has
+    next:list        # tokens to wait for
     @property
     def part(self)->str: # of the log
         "Where it stands on the page."
-        return f"a{self.turns[0]}"
+        return f"a{self.kept[0].turn}"
 
 class Session(Talks):
     "Questions are sent and answers come: on the page, and in the file."
@@ -176,9 +176,8 @@ class Session(Talks):
         text:str, # a question
     ):
         "Keep it and have it answered; what is too long is refused before anything is kept."
-        before,d = self.turns(),Dialogue(self.values["system"])
-        d.turns = remembered([o for o in before if not self.editing or o.id<self.editing])
-        if d.waiting: d.turns.pop()
+        before = remembered([o for o in self.turns() if not self.editing or o.id<self.editing])
+        d = Dialogue(self.values["system"], before[:-1] if before and before[-1]["role"]=="user" else before)
         d.ask(text)
         sides,self.tries = self.sides(d.messages),0
         if self.conversation is None: self.conversation = self.history.new(system=d.system, settings=self.values)
@@ -195,9 +194,9 @@ class Session(Talks):
         "Begin the answers."
         values = self.values | dict(seed=self.values["seed"]+self.tries)
         cfg = settings_of(values)
-        add = lambda name,side: self.history.add(self.conversation, "assistant", "", model=name, settings=values, reason=RUNNING, side=side)
-        r = self.running = Running(self.conversation, [add(name, name if k else "") for k,(name,_,_) in enumerate(sides)], sides, cfg)
-        r.shown,r.next = [""]*len(sides),[1]*len(sides)
+        keep = lambda name,side: Keeper(self.history, self.conversation, model=name, settings=values, side=side)
+        kept,n = [keep(name, name if k else "") for k,(name,_,_) in enumerate(sides)],len(sides)
+        r = self.running = Running(self.conversation, kept, sides, cfg, None, [""]*n, [1]*n)
         self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in sides]))
         self.frame.composer.tell("mark", name="ng-busy", on=True)
         calls = (partial(self.safely, f, r) for f in (self.grown, self.ended, self.failed))
@@ -212,6 +211,7 @@ class Session(Talks):
         seconds:float, # they took
     ):
         "Send what is new, when it is worth a message."
+        r.kept[k].show(text, tokens, seconds)
         if tokens<r.next[k]: return
         (whole,new),r.shown[k],r.next[k] = piece(r.shown[k], text),text,due(tokens)
         if r.conversation!=self.conversation: return
@@ -225,8 +225,8 @@ class Session(Talks):
         seconds:float, # it took
     ):
         "Keep the answer, and what is needed to look into it."
-        turn,(_,loaded,sent) = r.turns[k],r.sides[k]
-        self.history.update(turn, out.text, tokens=len(out.ids), seconds=seconds, reason=out.reason)
+        turn,(_,loaded,sent) = r.kept[k].turn,r.sides[k]
+        r.kept[k].done(out.reason, out.text, tokens=len(out.ids), seconds=seconds)
         self.looks[turn],self.remarks[turn] = (loaded, sent.ids, out),status(out.reason, sent, r.cfg, self.t)
         if not out.text.strip() and out.reason!="stopped": self.remarks[turn].append(self.t("The model ended its answer without a word."))
         self.over(r)
@@ -237,7 +237,7 @@ class Session(Talks):
         error:NanoError, # what happened
     ):
         "Keep what there was, and say what happened."
-        self.history.update(r.turns[k], r.shown[k], reason="error")
+        r.kept[k].done("error")
         self.alert(error)
         self.over(r)
     def over(
@@ -248,7 +248,8 @@ class Session(Talks):
         if r.job.left: return
         if self.running is r: self.running = None
         self.frame.composer.tell("mark", name="ng-busy", on=bool(self.running))
-        if r.conversation==self.conversation: self.group([o for o in self.turns() if o.id in r.turns])
+        if r.conversation==self.conversation: self.group([o for o in self.turns() if o.id in {x.turn for x in r.kept}])
+        for o in filter(None, (o.problem for o in r.kept)): self.alert(o)
         self.cards()
     def _on_send(self, arg, value):
         try:
@@ -257,8 +258,7 @@ class Session(Talks):
             self.frame.notes.show({})
             self.ask(value["text"])
         except Exception: self.frame.composer.tell("fill", text=value["text"]); raise # nothing that was typed is lost
-    def _on_stop(self, arg, value):
-        if self.running: self.running.job.stop()
+    def _on_stop(self, arg, value): self.running and self.running.job.stop()
     def _on_regenerate(self, arg, value):
         if self.running or not self.loaded: return
         self.history.cut(self.conversation, int(arg))
