@@ -534,6 +534,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanogpt.history.History.delete': ('history.html#history.delete', 'nanogpt/history.py'),
                                  'nanogpt.history.History.json': ('history.html#history.json', 'nanogpt/history.py'),
                                  'nanogpt.history.History.markdown': ('history.html#history.markdown', 'nanogpt/history.py'),
+                                 'nanogpt.history.History.notice': ('history.html#history.notice', 'nanogpt/history.py'),
                                  'nanogpt.history.History.rename': ('history.html#history.rename', 'nanogpt/history.py'),
                                  'nanogpt.history.Keeper': ('history.html#keeper', 'nanogpt/history.py'),
                                  'nanogpt.history.Keeper.__init__': ('history.html#keeper.__init__', 'nanogpt/history.py'),
