@@ -36,10 +36,9 @@ lab: $(VENV)/.runtime ## open your own copy of the lessons in JupyterLab, at the
 	@echo "==> Opening $(COURSE) in JupyterLab (stop with Ctrl-C) …"
 	$(BIN)/jupyter lab --ServerApp.root_dir=$(COURSE) --LabApp.default_url=/lab/tree/00_start_here.ipynb $(ARGS)
 
-chat: $(VENV)/.runtime ## talk to the model of `make demo` in the terminal
-	@test -d $(DEMO)/tuned || { echo "There is no trained model in $(DEMO)/tuned yet. First run: make demo"; exit 1; }
-	@echo "==> Talking to $(DEMO)/tuned (leave with Ctrl-D) …"
-	$(BIN)/nanogpt chat --terminal --model $(DEMO)/tuned
+chat: $(VENV)/.runtime ## open the chat dashboard in the browser, with the models below runs/
+	@echo "==> Opening the dashboard (stop with Ctrl-C) …"
+	$(BIN)/nanogpt chat $(ARGS)
 
 bench: $(VENV)/.runtime ## measure training, generation and tokenising on this machine, and race nanoGPT
 	@echo "==> Measuring training …"

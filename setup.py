@@ -11,7 +11,7 @@ ini.read(here/"settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lib = cfg["lib_name"]
 version = re.search(r'^__version__\s*=\s*"([^"]+)"', (here/lib/"__init__.py").read_text(encoding="utf-8"), re.M)[1]
-kinds = ["*.json", "*.gz", "*.LICENSE", "py.typed"]  # data that travels inside the package
+kinds = ["*.json", "*.gz", "*.LICENSE", "*.j2", "*.css", "*.js", "py.typed"]  # data that travels inside the package
 
 setup(
     name=lib, version=version, description=cfg["description"], license=cfg["license"],

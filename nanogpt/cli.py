@@ -28,7 +28,7 @@ VERBS = {
     "eval": ("suite.EvalConfig", "run_eval", "measure a model, every number with its interval"),
     "report": ("page.ReportConfig", "compare.run_report", "before and after on one page; --diff A B: what differs between two runs"),
     "generate": ("flags.GenerateConfig", "generate.run_generate", "continue a text or answer a question; --prompts: a file of them"),
-    "chat": ("generate.ChatConfig", "generate.run_chat", "talk to a model (--terminal)"),
+    "chat": ("generate.ChatConfig", "generate.run_chat", "talk to a model in the browser, or in the terminal (--terminal)"),
     "tokenizer": ("commands.TokenizerConfig", "run_tokenizer", "train a tokenizer, or show how one cuts a text"),
     "data": ("commands.DataConfig", "run_data", "turn a corpus into shards"),
     "data instruct": ("instruct.InstructConfig", "run_instruct", "turn instruction sets into shards of conversations"),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['is_tuned', 'load_for', 'has_end', 'Speaker', 'result', 'apart', 'answer', 'run_generate', 'plan', 'answer_prompts',
-           'ChatConfig', 'run_chat']
+           'ChatConfig', 'chosen', 'run_chat']
 
 # %% ../nbs/40d_generate.ipynb #40c00003
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from . import checkpoint as ck
 from .batch import answer_file, question_of, row_settings
 from .beam import BeamConfig, beam
 from .core import ConfigError, ShapeError, read_json, say
+from .door import HostConfig, make_hash, password_place, save_hash, typed_password
 from .flags import GenerateConfig, PlaceConfig, knobs
 from .knobs import SampleConfig
 from .ready import load_ready
@@ -194,18 +195,36 @@ def answer_prompts(
 
 # %% ../nbs/40d_generate.ipynb #c36bd8ac
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(PlaceConfig, SampleConfig):
-    "Talk to a model."
-    model:Path = arg(help="a tuned run, a checkpoint or a model folder")
+class ChatConfig(PlaceConfig, SampleConfig, HostConfig):
+    "Talk to a model: in the browser, or with --terminal there. Each setting is an environment variable too, such as NANOGPT_CHAT_PORT."
+    environment = "NANOGPT_CHAT_"
     terminal:bool = arg(False, "talk in the terminal")
     system:str = arg("", "a message that stands before the conversation")
+    set_password:bool = arg(False, "ask for a new password of the dashboard, or read it from stdin, and keep its hash")
+    def __post_init__(self):
+        HostConfig.__post_init__(self)
+        SampleConfig.__post_init__(self)
+
+def chosen(
+    cfg:ChatConfig, # a command
+)->dict:            # name → value
+    "The settings of answers that somebody changed: what the page starts with."
+    return {f.name:settings(cfg)[f.name] for f in fields(SampleConfig) if getattr(cfg, f.name)!=f.default}
 
 def run_chat(
     cfg:ChatConfig, # with whom, and how
     lines=None,     # what the user says; None: what is typed
-):
-    "Talk until /quit; the answers stream."
-    if not cfg.terminal: raise ConfigError("the dashboard in the browser is not built yet", "add --terminal")
+)->int:             # exit code
+    "Serve the dashboard until it is stopped; with --terminal, talk there until /quit."
+    if cfg.set_password:
+        save_hash(path := cfg.password_file or password_place(), make_hash(typed_password()))
+        say(f"the hash of the password is kept in {path}; the dashboard will ask for it"); return 0
+    if not cfg.terminal:
+        from nanogpt.host import serve  # Jupyter takes its second to import
+
+        return serve(cfg, chosen(cfg))
+    if cfg.model is None: raise ConfigError("--terminal needs to know whom to talk to", "name a run, such as --model runs/demo/tuned")
     model,tok = load_for(cfg)
     if not is_tuned(cfg.model): say(f"{cfg.model} is not a tuned run: expect it to continue rather than to answer")
     chat_terminal(model, tok, cfg, lines, cfg.system, load_template(cfg.model, tok))
+    return 0

@@ -8,6 +8,7 @@ __all__ = ['arg', 'whole', 'convert', 'nearest', 'read_settings', 'parse', 'sett
 # %% ../nbs/00a_settings.ipynb #01792eaa
 import difflib
 import json
+import os
 import re
 import types
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -135,12 +136,18 @@ def _checked(cls, given, where):
     return values
 
 # %% ../nbs/00a_settings.ipynb #b9ee1b48
+def _heard(cls):
+    "Settings from the environment: of a class that names a prefix, such as NANOGPT_CHAT_, each setting has its variable."
+    prefix = getattr(cls, "environment", "")
+    found = {f.name:os.environ[name] for f in fields(cls) if prefix and (name := prefix+f.name.upper()) in os.environ}
+    return _checked(cls, found, f"the environment ({prefix}…)")
+
 def parse(
     cls:type,       # a dataclass of settings
     argv:list,      # the words after the verb
     prog:str="nanogpt", # what to call the command in messages
 ):                  # an instance of `cls`
-    "Settings from the command line: defaults, then --preset, then --config, then the flags themselves."
+    "Settings from the command line: defaults, then the environment, --preset, --config, and the flags themselves."
     presets = getattr(cls, "presets", {})
     flags,rest = _parser(cls, prog, presets).parse_known_args([str(o) for o in argv])
     given = {k:v for k,v in vars(flags).items() if v is not MISSING}
@@ -151,7 +158,7 @@ def parse(
     if preset is not None and preset not in presets:
         near = nearest(preset, presets, 0)
         raise ConfigError(f"{prog} has no preset {preset!r}", f"did you mean --preset {near}? There are: {', '.join(presets)}")
-    values = dict(vars(presets[preset]())) if preset else {}
+    values = _heard(cls)|(dict(vars(presets[preset]())) if preset else {})
     if file: values |= _checked(cls, read_settings(file), file)
     values |= _checked(cls, given, prog)
     for f in fields(cls):

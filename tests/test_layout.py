@@ -65,7 +65,7 @@ def test_metadata_comes_from_settings(wheel):
     assert "nanogpt = nanogpt.cli:main" in entry and "nanogpt = nanogpt._modidx:d" in entry
 
 def test_wheel_holds_modules_and_data(wheel):
-    kinds = {".py", ".json", ".gz", ".LICENSE"}
+    kinds = {".py", ".json", ".gz", ".LICENSE", ".j2", ".css", ".js"}
     here = {p.relative_to(ROOT).as_posix() for p in (ROOT/"nanogpt").rglob("*") if p.suffix in kinds or p.name == "py.typed"}
     probes = {"nanogpt/probe.json", "nanogpt/probe.gz", "nanogpt/probe.LICENSE", "nanogpt/below/probe.json"}
     lessons = {"nanogpt/course_lessons/"+p.name for p in (ROOT/"lessons").glob("*.ipynb")}
@@ -75,7 +75,7 @@ def test_wheel_holds_modules_and_data(wheel):
 
 def test_every_file_of_the_package_is_code_or_known_data():
     strange = [p.name for p in (ROOT/"nanogpt").rglob("*") if p.is_file() and "__pycache__" not in p.parts
-               and p.suffix not in {".py", ".json", ".gz", ".LICENSE"} and p.name != "py.typed"]
+               and p.suffix not in {".py", ".json", ".gz", ".LICENSE", ".j2", ".css", ".js"} and p.name != "py.typed"]
     assert not strange, f"setup.py has no pattern that puts these into a wheel: {strange}"
 
 def test_every_dependency_is_pinned():
