@@ -233,6 +233,30 @@ def test_memory_does_not_grow(tmp_path, env, dtype):
     assert grown()<size/4
     if dtype=="bfloat16": assert grown("leak")>20*size/4 # the control: twenty more in half the bytes, and a good part of that
 
+LIGHT = """
+import sys
+from pathlib import Path
+from nanogpt.knobs import SampleConfig
+from nanogpt.live import Job, Part
+from nanogpt.shelf import Shelf
+done = []
+one = Shelf([sys.argv[1]]).load(sys.argv[1])
+job = Job([Part(one.model, one.tok, one.template.prompt([dict(role="user", content="the cat")]), SampleConfig(max_tokens=40))],
+          lambda *o: None, lambda *o: done.append(o), print).start()
+job.thread.join()
+assert done
+own = sum(int(o.split()[1])*1024 for o in open("/proc/self/smaps_rollup") if o.startswith("Private_"))
+print(own, *(o for o in ("datasets", "pandas", "pyarrow", "matplotlib", "transformers", "IPython", "torch._inductor") if o in sys.modules))
+"""
+
+@linux
+def test_an_answer_needs_little_memory_and_no_heavy_library(home, env):
+    "A kernel of the dashboard may take 450 MB of its own; without widgets and page it must be well below."
+    words = [sys.executable, "-c", LIGHT, str(home/"a/tuned")]
+    r = subprocess.run(words, env=env|dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200, check=True)
+    own, *heavy = r.stdout.split()
+    assert heavy==[] and 50e6<int(own)<300e6, r.stdout
+
 def test_the_last_asked_for_stays(home):
     write_run(home/"c", seed=3)
     shelf = Shelf([home])
