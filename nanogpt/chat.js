@@ -29,6 +29,7 @@ function render({model, el}) {
   const app = () => el.closest(".ng-app") ?? document.body
   const part = key => [...el.children].find(o => o.dataset.part === key)
   const grow = box => { box.style.height = "auto"; box.style.height = Math.min(box.scrollHeight, innerHeight * .4) + "px" }
+  const alone = () => "voila" in document.body.dataset                   // a page of its own, not a cell in JupyterLab
   const narrow = () => matchMedia("(max-width: 900px)").matches
   let follow = true                                                      // stay at the end while the answer grows
 
@@ -36,13 +37,16 @@ function render({model, el}) {
   for (const [name, value] of Object.entries(model.get("about"))) el.setAttribute(name, value)
   const put = (key, html) => {
     const at = part(key) ?? el.appendChild(Object.assign(document.createElement("div"), {className: "ng-part"}))
+    const box = at.querySelector("textarea"), typed = box?.value, here = box && document.activeElement === box
     at.dataset.part = key; at.innerHTML = html
+    const next = at.querySelector("textarea")
+    if (next && typed) { next.value = typed; grow(next) }
+    if (next && (here || alone() && !narrow() && document.activeElement === document.body)) next.focus() // a phone would open its keyboard
     at.querySelector("[autofocus]")?.focus()
   }
   const tasks = {
     all: o => { el.replaceChildren(); follow = true; o.parts.forEach(([key, html]) => put(key, html)) },
     put: o => put(o.part, o.html),
-    drop: o => part(o.part)?.remove(),
     add: o => {
       const at = part(o.part); if (!at) return
       at.querySelector(`[data-grow="${o.k}"]`)?.insertAdjacentHTML("beforeend", o.html)
@@ -53,12 +57,13 @@ function render({model, el}) {
     focus: o => el.querySelector(o.at)?.focus(),
     save: o => saveText(o.name, o.text, o.mime),
     copy: async o => {
-      const done = await copyText(o.text), button = part(o.part)?.querySelector(`.ng-copy[data-arg="${o.arg}"]`)
+      const done = await copyText(o.text), button = el.querySelector(`.ng-copy[data-arg="${o.arg}"]`)
       if (!done || !button) return
       button.classList.add("ng-done"); button.querySelector("span:last-child").textContent = o.done
       setTimeout(() => { button.classList.remove("ng-done"); button.querySelector("span:last-child").textContent = o.label }, 1500)
     },
     page: o => {                                                         // what the whole page needs to know
+      if (!el.closest(".ng-app")) return off.signal.aborted || requestAnimationFrame(() => tasks.page(o))
       document.documentElement.lang = o.lang; document.title = o.title
       for (const knob of app().querySelectorAll(".ng-knob")) {
         const name = knob.querySelector(".ng-knob-name")?.textContent
@@ -70,7 +75,7 @@ function render({model, el}) {
   const listen = o => {
     follow = el.scrollHeight - el.scrollTop - el.clientHeight < near || o.op === "all"
     tasks[o.op]?.(o)
-    if (follow && model.get("css").includes("ng-log")) el.scrollTop = el.scrollHeight
+    if (follow && model.get("css").includes("ng-log")) el.scrollTop = el.querySelector(".ng-turn") ? el.scrollHeight : 0
   }
   model.on("msg:custom", listen)
 
@@ -109,13 +114,14 @@ function render({model, el}) {
     else app().classList.remove("ng-show-right", ...(narrow() ? ["ng-show-left"] : []))
     el.querySelector("textarea")?.focus()
   })
-  if (model.get("css").includes("ng-composer")) setTimeout(() => {        // the root is in the page by now
-    const own = !document.querySelector(".jp-LabShell")                  // a page of its own, not a cell in JupyterLab
-    app().classList.toggle("ng-page", own); document.body.classList.toggle("ng-body", own)
+  const arrive = () => {                                                 // once the root is in the page
+    if (!el.closest(".ng-app")) return off.signal.aborted || requestAnimationFrame(arrive)
+    app().classList.toggle("ng-page", alone()); document.body.classList.toggle("ng-body", alone())
     if (!narrow()) app().classList.add("ng-show-left")
     on(app(), "click", e => { if (e.target === app()) app().classList.remove("ng-show-left", "ng-show-right") })
-    if (own) el.querySelector("textarea")?.focus()
-  })
+    if (alone() && !narrow()) el.querySelector("textarea")?.focus()
+  }
+  if (model.get("css").includes("ng-composer")) arrive()
   let kept = null
   try { kept = localStorage.getItem("ng-theme") } catch { /* as above */ }
   document.documentElement.dataset.theme ??= kept ?? "auto"

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
-from .clean import file_name, plain
+from .clean import plain
 from .core import ConfigError, NanoError
 from .dialogue import DEFAULTS, Dialogue, budget, explain, settings_of, status
-from .history import RUNNING, History
+from .history import RUNNING, History, Turn
 from .live import Job, Part
 from .terminal import Budget
 from .widgets import answers_html, cards_html, growing_html, meter, note_html, user_html
@@ -75,7 +76,7 @@ class Talks:
     ):
         self.history,self.frame,self.t,self.values,self.lock = history,frame,t,dict(values),threading.RLock()
         self.conversation,self.running,self.editing,self.asking,self.tries = None,None,None,(None, ""),0
-        self.loaded,self.base,self.looks,self.remarks,self.titles = None,None,{},{},{}
+        self.loaded,self.base,self.looks,self.remarks,self.titles,self.known = None,None,{},{},{},{} # known: path → name
     def safely(
         self,
         f:Callable, # something that was asked for
@@ -114,8 +115,8 @@ class Talks:
         "Why it ended, and what was left out, in words."
         if turn.id in self.remarks: return " ".join(self.remarks[turn.id])
         if turn.reason=="error": return self.t("This answer was not finished.")
-        size = self.loaded.model.cfg.block_size if self.loaded else 0
-        try: return " ".join(status(turn.reason, Budget([], [], 0, 0, size), settings_of(turn.settings), self.t))
+        sent = Budget([], [], 0, 0, self.loaded.model.cfg.block_size if self.loaded else 0)
+        try: return " ".join(status(turn.reason, sent, settings_of(turn.settings), self.t))
         except NanoError: return ""
     def empty(self)->str: # HTML
         "What a page without turns says; a page knows more."
@@ -144,17 +145,6 @@ class Talks:
         self.values |= values
         self.frame.panel.turn(self.values)
     def _on_search(self, arg, value): self.cards()
-    def _on_ask_no(self, arg, value): self.asking = (None, ""); self.cards()
-    def _on_rename(self, arg, value): self.asking = (int(arg), "rename"); self.cards()
-    def _on_delete(self, arg, value): self.asking = (int(arg), "delete"); self.cards()
-    def _on_rename_yes(self, arg, value): self.history.rename(int(arg), value["title"]); self._on_ask_no("", "")
-    def _on_delete_yes(self, arg, value):
-        if self.conversation==int(arg): self._on_new("", "")
-        self.history.delete(int(arg))
-        self._on_ask_no("", "")
-    def _save(self, arg, end, text, mime): self.frame.brand.tell("save", name=file_name(self.titles.get(int(arg), ""))+end, text=text, mime=mime)
-    def _on_export(self, arg, value): self._save(arg, ".md", self.history.markdown(int(arg)), "text/markdown")
-    def _on_json(self, arg, value): self._save(arg, ".json", self.history.json(int(arg)), "application/json")
 
 # %% ../nbs/19i_session.ipynb #c863d3d9
 @dataclass
@@ -179,15 +169,8 @@ class Session(Talks):
         messages:list, # the conversation, a question last
     )->list:           # (name, Loaded, Budget)
         "Who is asked, and what of the conversation each of them is sent; raises DataError for a question that is too long."
-        models = [self.loaded, *([self.base] if self.base else [])]
-        size = self.values["max_tokens"]
-        return [(self.name(o), o, budget(o.template, messages, o.model.cfg.block_size, size)) for o in models]
-    def name(
-        self,
-        loaded, # a Loaded
-    )->str:
-        "What a model is called on the page."
-        return loaded.entry.name
+        fit = lambda o: budget(o.template, messages, o.model.cfg.block_size, self.values["max_tokens"])
+        return [(self.known.get(str(o.entry.path), o.entry.name), o, fit(o)) for o in (self.loaded, self.base) if o]
     def ask(
         self,
         text:str, # a question
@@ -198,9 +181,11 @@ class Session(Talks):
         if d.waiting: d.turns.pop()
         d.ask(text)
         sides,self.tries = self.sides(d.messages),0
-        if self.editing: self.history.cut(self.conversation, self.editing); self._on_keep("", "")
         if self.conversation is None: self.conversation = self.history.new(system=d.system, settings=self.values)
-        self.history.add(self.conversation, "user", text)
+        with self.history.together(): # the old question goes only if the new one is kept
+            if self.editing: self.history.cut(self.conversation, self.editing)
+            self.history.add(self.conversation, "user", text)
+        if self.editing: self._on_keep("", "")
         self.show()
         self.answer(sides)
     def answer(
@@ -210,13 +195,13 @@ class Session(Talks):
         "Begin the answers."
         values = self.values | dict(seed=self.values["seed"]+self.tries)
         cfg = settings_of(values)
-        add = lambda k,name: self.history.add(self.conversation, "assistant", "", model=name, settings=values, reason=RUNNING, side=name if k else "")
-        r = self.running = Running(self.conversation, [add(k, name) for k,(name,_,_) in enumerate(sides)], sides, cfg)
+        add = lambda name,side: self.history.add(self.conversation, "assistant", "", model=name, settings=values, reason=RUNNING, side=side)
+        r = self.running = Running(self.conversation, [add(name, name if k else "") for k,(name,_,_) in enumerate(sides)], sides, cfg)
         r.shown,r.next = [""]*len(sides),[1]*len(sides)
         self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in sides]))
         self.frame.composer.tell("mark", name="ng-busy", on=True)
-        call = lambda f: lambda *o: self.safely(f, r, *o)
-        r.job = Job([Part(o.model, o.tok, sent.ids, cfg) for _,o,sent in sides], call(self.grown), call(self.ended), call(self.failed))
+        calls = (partial(self.safely, f, r) for f in (self.grown, self.ended, self.failed))
+        r.job = Job([Part(o.model, o.tok, sent.ids, cfg) for _,o,sent in sides], *calls)
         r.job.start()
     def grown(
         self,
@@ -269,7 +254,7 @@ class Session(Talks):
         try:
             if not self.loaded: raise ConfigError("no model is loaded yet", "wait a moment, or choose one above")
             if self.running: raise ConfigError("the last answer is still coming", "wait for it, or stop it")
-            self.frame.notes.drop("note")
+            self.frame.notes.show({})
             self.ask(value["text"])
         except Exception: self.frame.composer.tell("fill", text=value["text"]); raise # nothing that was typed is lost
     def _on_stop(self, arg, value):
@@ -281,7 +266,6 @@ class Session(Talks):
         self.show()
         self.answer(self.sides(Dialogue(self.values["system"], remembered(self.turns())).messages))
     def _text(self, arg): return next(o.text for o in self.turns() if o.id==int(arg))
-    def _on_copy(self, arg, value): self.frame.log.tell("copy", arg=arg, text=self._text(arg), done=self.t("Copied"), label=self.t("Copy"))
     def _on_edit(self, arg, value):
         if self.running: return
         self.editing = int(arg)

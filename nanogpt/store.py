@@ -29,6 +29,7 @@ def told(
 )->NanoError:
     "What happened to a file, and what to do."
     if isinstance(error, NanoError): return error
+    if isinstance(error, sqlite3.ProgrammingError): return NanoError(f"{path} was closed, or asked wrongly: {error}", "open it again")
     why = getattr(error, "strerror", None) or str(error)
     if damage(error): return DataError(f"{path} is damaged: {why}", "start again: the file gets another name, and a new one is begun")
     if "locked" in why: return DiskError(f"{path} is held by another program", "close the other program, then try again")

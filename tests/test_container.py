@@ -2,6 +2,7 @@
 
 Docker itself, a GPU in it, Hugging Face and a certificate from a real authority are not run here; the files say so.
 """
+import contextlib
 import fnmatch
 import http.client
 import json
@@ -11,6 +12,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -180,9 +182,13 @@ def test_the_space(monkeypatch):
 
 def blocks(text): return re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
 
-def lines_of(block):
-    "Its commands, continued lines joined, comments left out."
-    return [x.strip() for x in block.replace("\\\n", " ").splitlines() if x.strip() and not x.strip().startswith("#")]
+def of_ours(line):
+    "The words behind `nanogpt` in a command, also where an image or a service stands for it; None where the program is not called."
+    words = shlex.split(line, comments=True)
+    if "--entrypoint" in words: return None
+    ours = {"docker run": "nanogpt-chat", "docker compose": "chat"}.get(" ".join(words[:2]), "nanogpt")
+    if words[:2]==["docker", "compose"] and "run" not in words: return None
+    return words[words.index(ours)+1:] or ["chat"] if ours in words else None
 
 def test_the_page():
     "bash reads every block, the program understands every command of its own, and every file that is linked or named is there."
@@ -190,18 +196,25 @@ def test_the_page():
     found = 0
     for block in blocks(text):
         assert subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True).stderr==""
-        for line in lines_of(block):
-            words = shlex.split(line.split(" < ")[0].split(" > ")[0].split(" | ")[-1], comments=True)
-            at = next((i for i, w in enumerate(words) if w=="nanogpt"), None)
-            if "compose" in words and "run" in words: at = words.index("chat") # the service; behind it stands the program's verb
-            if at is None or not words[at+1:] or "docker" in words[:1] and "compose" not in words: continue
-            parse_only(words[at+1:])
+        for words in filter(None, map(of_ours, block.splitlines())):
+            assert isinstance(parse_only(words)[1], ChatConfig)
             found += 1
-    assert found>=5
+    assert found>=8
     for link in re.findall(r"\]\(([^)#\s]+)\)", text):
         assert "://" in link or (ROOT/"docs"/link).exists(), link
     for name in re.findall(r"deploy/[\w./]+\w", text): assert (ROOT/name).exists(), name
     assert [p.name for p in [*DOCKERFILES, *SINGLE, DEPLOY/"chat.env"] if f"deploy/{p.relative_to(DEPLOY).parts[0]}" not in text]==[]
+
+def test_a_copy_for_the_shelf(tmp_path):
+    "The page's own line copies a history while somebody writes to it."
+    code = re.search(r"import sqlite3[^\"]*", read(ROOT/"docs"/"deployment.md"))[0]
+    for old, new in (("/data/share/nanogpt/chat.db", f"{tmp_path}/chat.db"), ("/data/copy.db", f"{tmp_path}/copy.db")):
+        assert old in code
+        code = code.replace(old, new)
+    with contextlib.closing(sqlite3.connect(tmp_path/"chat.db")) as db:
+        db.executescript("pragma journal_mode=wal; create table turns (text); insert into turns values ('hello')")
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with contextlib.closing(sqlite3.connect(tmp_path/"copy.db")) as db: assert db.execute("select text from turns").fetchall()==[("hello",)]
 
 # ---- real proxies before a real server -------------------------------------------------------------------------------
 
