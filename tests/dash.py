@@ -127,7 +127,9 @@ class Visitor:
     def quiet(self):
         "No error, no script, no request to anywhere else."
         assert self.errors==[] and self.scripts()==[] and self.strangers()==[], (self.errors, self.scripts(), self.strangers())
-    def close(self): self.context.close()
+    def close(self):
+        self.page.goto("about:blank")                                  # leaving is told to the server; being torn away is not
+        self.context.close()
     def __enter__(self): return self
     def __exit__(self, kind, *_):
         try:
