@@ -411,7 +411,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'nanogpt.dialogue': { 'nanogpt.dialogue.Control': ('dialogue.html#control', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue.Dialogue': ('dialogue.html#dialogue', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue.Dialogue.__init__': ('dialogue.html#dialogue.__init__', 'nanogpt/dialogue.py'),
-                                  'nanogpt.dialogue.Dialogue._ask': ('dialogue.html#dialogue._ask', 'nanogpt/dialogue.py'),
+                                  'nanogpt.dialogue.Dialogue._put': ('dialogue.html#dialogue._put', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue.Dialogue.answer': ('dialogue.html#dialogue.answer', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue.Dialogue.ask': ('dialogue.html#dialogue.ask', 'nanogpt/dialogue.py'),
                                   'nanogpt.dialogue.Dialogue.edit': ('dialogue.html#dialogue.edit', 'nanogpt/dialogue.py'),
