@@ -83,7 +83,7 @@ class Kept(Store):
         **about,          # model, settings, tokens, seconds, reason, side of the Turn; reason=RUNNING: it still grows
     )->int:               # the id of the turn
         "Keep a turn; it is on the disk when this returns."
-        if role not in ("user","assistant"): raise ConfigError(f"role={role!r} is no role", "user or assistant; new sets the system message")
+        if role not in ("user","assistant"): raise ConfigError(f"role={role!r} is none", "user or assistant; new sets a system message")
         o = dict(_columns(about, _ABOUT), conversation=conversation, role=role, text=_text(text), created=time.time(), owner=self.owner)
         with self.together() as db:
             self._touch(conversation)
@@ -142,6 +142,14 @@ class Card:
 # %% ../nbs/19b_history.ipynb #ae2152d9
 class History(Kept):
     "Conversations: named, listed, searched, exported, deleted."
+    def notice(
+        self,
+        t:Callable=english, # puts English into another language
+    )->str:
+        "What a person must be told of the file: nothing is kept, or a damaged one was moved; empty if all is well."
+        if not self.path: return t("Nothing is kept: these conversations are gone when the program ends.")
+        if not self.moved: return ""
+        return t("The history was damaged. Its file is now called {name}, and a new one was begun.", name=self.moved.name)
     def about(
         self,
         conversation:int, # its id

@@ -114,12 +114,12 @@ def _fresh(path, *how):
     return connect(path, *how)
 
 def _sound(path, *how):
-    "A connection, and what a person must be told."
-    try: return _fresh(path, *how), ""
+    "A connection, and where a damaged file has gone, or None."
+    try: return _fresh(path, *how), None
     except sqlite3.Error as e:
         if not damage(e): raise
     new = aside(path)
-    return _fresh(path, *how), f"{path.name} was damaged. It is now called {new.name}, and a new one was begun."
+    return _fresh(path, *how), new
 
 def _open(path, owner, *how):
     "The same, and the mark that this program holds as long as it runs."
@@ -142,8 +142,8 @@ class Store:
     ):
         self.path,self.owner,self._lock,self._mark = path and Path(path).expanduser().absolute(),uuid4().hex,threading.RLock(),None
         try:
-            if self.path: self.db,self.note,self._mark = _open(self.path, self.owner, steps, kind)
-            else: self.db,self.note = connect(":memory:", steps, kind),"Nothing is kept on the disk: it is gone when the program ends."
+            if self.path: self.db,self.moved,self._mark = _open(self.path, self.owner, steps, kind)
+            else: self.db,self.moved = connect(":memory:", steps, kind),None # moved: where a damaged file was put, if it was
         except (sqlite3.Error, OSError) as e: raise told(e, self.path) from e
     @contextmanager
     def together(self):

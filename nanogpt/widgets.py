@@ -189,6 +189,7 @@ def _asked(t, card, what):
     yes = tag("button", plain(t("Rename")), css="ng-press ng-line")
     return tag("form", box, tag("div", yes, no(t("Cancel"))), css="ng-card ng-ask", data_arg=card.id, data_do="rename_yes")
 
+# %% ../nbs/19h_widgets.ipynb #04f2ec92
 def cards_html(
     t:Callable,    # the phrases
     cards:list,    # Cards of the history, the newest first

@@ -145,7 +145,8 @@ class Steps:
     def __init__(self, *models):
         self.n, self.at_work, self.together, self.hold, self.reached = 0, 0, 0, None, threading.Event()
         self.go_on = threading.Event()
-        self.handles = [o for m in models for o in (m.lm_head.register_forward_pre_hook(self.begin), m.lm_head.register_forward_hook(self.end))]
+        self.handles = [o for m in (o.lm_head for o in models)
+                        for o in (m.register_forward_pre_hook(self.begin), m.register_forward_hook(self.end))]
     def begin(self, *_):
         self.n += 1
         self.at_work += 1
@@ -155,9 +156,9 @@ class Steps:
     def __enter__(self): return self
     def __exit__(self, *_): [h.remove() for h in self.handles]
 
-ENDLESS = dict(sampled=SampleConfig(max_tokens=10**5, min_tokens=10**5, overflow="slide"),
-               silent=SampleConfig(max_tokens=10**5, min_tokens=10**5, overflow="slide", logit_bias=(f"{TOK.encode('猫')[0]}:99",)), # half letters
-               searched=BeamConfig(beams=3, max_tokens=55, min_tokens=55))
+ON = SampleConfig(max_tokens=10**5, min_tokens=10**5, overflow="slide")
+ENDLESS = dict(sampled=ON, searched=BeamConfig(beams=3, max_tokens=55, min_tokens=55),
+               silent=replace(ON, logit_bias=(f"{TOK.encode('猫')[0]}:99",))) # the first third of a letter, again and again
 
 def held_stop(cfg, parts=1, job_of=Seen.job):
     "Stop while the sixth token is being made; how many were made in all."
@@ -268,7 +269,8 @@ def test_a_job_may_close_itself_and_begin_the_next():
 EXIT = """
 import test_live as t, threading
 model, shown = t.make(), threading.Event()
-job = t.Job([t.Part(model, t.TOK, t.IDS[0], t.ENDLESS["sampled"])]*2, lambda *o: shown.set(), lambda k,o,s: print(k, o.reason), print).start()
+parts = [t.Part(model, t.TOK, t.IDS[0], t.ENDLESS["sampled"])]*2
+t.Job(parts, lambda *o: shown.set(), lambda k,o,s: print(k, o.reason), print).start()
 t.Job([t.Part(model, t.TOK, t.IDS[0], t.LONG)], print, lambda k,o,s: print("waiting", o.reason, len(o.ids)), print).start()
 shown.wait(60)
 """
