@@ -81,10 +81,11 @@ class Visitor:
     def shows(self, js, arg=None): self.page.wait_for_function(js, arg=arg)
     def pick(self, name):
         "Choose a model by its name in the list."
-        self.page.locator(".ng-model select").select_option(label=next(o for o in self.models() if name in o))
-        self.shows("name => document.querySelector('.ng-model select').selectedOptions[0].label.includes(name) && !document.querySelector('.ng-waking, .ng-loading')", name)
+        self.page.locator(".ng-model select").select_option(index=next(k for k, o in enumerate(self.models()) if name in o))
+        self.shows("""name => document.querySelector('.ng-model select').selectedOptions[0].label.replaceAll('\\xa0', ' ').includes(name)
+            && !document.querySelector('.ng-waking, .ng-loading')""", name)
         self.page.wait_for_timeout(500) # TODO
-    def models(self): return self.page.locator(".ng-model select option").all_text_contents()
+    def models(self): return [o.replace("\xa0", " ") for o in self.page.locator(".ng-model select option").all_text_contents()]
     def type(self, text):
         self.one(".ng-input").fill(text)
         self.one(".ng-input").press("Enter")
@@ -96,12 +97,13 @@ class Visitor:
         return self.answers()[-1]
     def finished(self, n):
         self.shows("n => document.querySelectorAll('.ng-answer').length >= n && !document.querySelector('.ng-running')", n)
-    def anew(self, press):
-        "Do something that gives the last answer anew, and wait for its end."
-        last = "() => [...document.querySelectorAll('.ng-answer')].at(-1)?.dataset.turn"
+    def anew(self, press, n):
+        "Do something that gives the last of n answers anew, and wait for its end."
+        last = f"() => [...document.querySelectorAll('.ng-answer')][{n-1}]?.dataset.turn"
         before = self.page.evaluate(last)
         press()
-        self.shows(f"before => {{ const turn = ({last})(); return turn && turn != before && !document.querySelector('.ng-running') }}", before)
+        self.shows(f"""before => {{ const turn = ({last})(), all = document.querySelectorAll('.ng-answer').length
+            return turn && turn != before && all == {n} && !document.querySelector('.ng-running') }}""", before)
     def growing(self, letters=1): self.shows("n => (document.querySelector('.ng-running .ng-text')?.textContent.length ?? 0) >= n", letters)
     def answers(self): return [o.strip() for o in self.all(".ng-answer .ng-text").all_inner_texts()]
     def questions(self): return [o.strip() for o in self.all(".ng-user .ng-text").all_inner_texts()]
@@ -109,6 +111,10 @@ class Visitor:
     def settings(self, shown=True):
         "Open, or close, the drawer with the knobs."
         if self.page.evaluate("() => document.querySelector('.ng-app').classList.contains('ng-show-right')")!=shown: self.one(".ng-gear").click()
+    def look_away(self):
+        "Close the panel of tokens or attention."
+        self.one(".ng-peek-close").click()
+        self.shows("() => !document.querySelector('.ng-app.ng-show-right')")
     def shot(self, name):
         "A picture for people, where they asked for pictures."
         if folder := os.environ.get("NANOGPT_SCREENSHOTS"):

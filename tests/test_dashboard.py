@@ -80,12 +80,12 @@ def test_a_conversation(server, browser):
         assert v.ask("And you?")==SAID                                               # Markdown's stars are gone …
         v.all(".ng-answer .ng-copy").last.click()
         v.shows("() => navigator.clipboard.readText().then(o => o.includes('says **hello** to'))") # … and copied
-        v.anew(v.all(".ng-regenerate").last.click)
+        v.anew(v.all(".ng-regenerate").last.click, 2)
         assert v.questions()==["Count for me", "And you?"] and v.answers()[1]==SAID
         v.one(".ng-user").hover()
         v.one(".ng-user .ng-edit").click()
         v.shows("() => document.querySelector('.ng-input').value == 'Count for me'")
-        v.anew(lambda: v.type("Count no more"))
+        v.anew(lambda: v.type("Count no more"), 1)
         assert v.questions()==["Count no more"]
         v.shot("3-edited")
 
@@ -121,14 +121,14 @@ def test_knobs_and_what_stood_beside(server, browser):
         rows = v.all(".ng-alternatives tbody tr").all_inner_texts()
         assert any("chosen" in o for o in rows) and rows[-1].startswith("all others") and all("%" in o for o in rows)
         v.shot("5-tokens")
-        v.one(".ng-peek-close").click()
+        v.look_away()
         v.one(".ng-answer .ng-attention").click()
         v.one(".ng-peek svg.ng-map").wait_for()
         assert v.all(".ng-looked tbody tr").count()==7
         v.page.locator(".ng-peek select[data-do=head]").select_option(index=1)
         v.shows("() => /head 1/.test(document.querySelector('.ng-looked figcaption').textContent)")
         v.shot("6-attention")
-        v.one(".ng-peek-close").click()
+        v.look_away()
         v.settings()
         number(v, "beams", "3")                                                     # a search over a model that is sure
         v.ask("Once more")
@@ -243,7 +243,7 @@ def test_phone_dark_and_chinese(server, browser):
         v.one(".ng-peek .ng-token").wait_for()
         assert v.page.evaluate(NARROW)==[0]
         v.shot("10-phone-tokens-zh")
-        v.one(".ng-peek-close").click()
+        v.look_away()
         v.settings()
         v.shot("11-phone-knobs-zh")
         text = v.one(".ng-right").inner_text()
