@@ -174,7 +174,7 @@ class Look(Models):
         def work():
             o = self.shelf.load(path)
             return o.tok,SimpleNamespace(ids=out.ids, logprobs=hindsight(o.model, o.tok, ids, out.ids, 5))
-        self.work(work, self._tokens)
+        self.work(work, self._tokens, alone=True)
     def _tokens(self, seen):
         self.seen,why = seen,self.t("The stronger the colour, the less sure the model was. Choose a token to see its rivals.")
         self._look(self.t("Tokens"), why, {"tokens": tokens_html(*seen, self.t), "odds": ""})
@@ -185,7 +185,7 @@ class Look(Models):
         def work():
             o = self.shelf.load(path)
             return [o.tok, [*ids, *out.ids], attention_weights(o.model, [*ids, *out.ids][:-1], len(out.ids)), o.model.cfg.n_layer-1, None]
-        if out.ids: self.work(work, self._attention)
+        if out.ids: self.work(work, self._attention, alone=True)
     def _attention(self, gazed):
         self.gazed,why = gazed,self.t("Each row is a token of the answer, each column one before it: the darker, the more it counted.")
         self._look(self.t("Attention"), why, {"which": self._which()})
