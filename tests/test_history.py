@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from mini import environment
 
 from nanogpt.core import ConfigError, DataError, DiskError, NanoError
-from nanogpt.history import History, Keeper, history_path
+from nanogpt.history import History, Keeper, history_path, open_history
 from nanogpt.turns import INTERRUPTED, RUNNING
 
 ODD = ["", " ", "a\x00b", "\ud83d half", "line\rline\u2028line", "```\nopen", "# heading\n\n> quote", "x"*200_000]
@@ -244,12 +244,13 @@ def test_no_room_to_begin(disk):
     with closing(History(disk/"chat.db")) as h: assert not h.moved and h.add(h.new(), "user", "x")
 
 def test_a_read_only_disk(disk):
-    "Refused with a fix, at the opening and, when it becomes read-only later, at the writing; reading goes on."
+    "Refused with a fix, and a page goes on in memory; what was kept is untouched."
     with closing(History(disk/"chat.db")) as h:
         k = h.new(); h.add(k, "user", "x")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(DiskError) as e: History(disk/"chat.db")
     assert "writable" in e.value.fix and "chat.db" in e.value.what
+    with closing(open_history(disk/"chat.db")[0]) as h: assert h.add(h.new(), "user", "y") and h.notice()
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     assert len(kept(disk/"chat.db"))==1
 
