@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .core import ConfigError, DataError, NanoError
+from .core import ConfigError, DataError, DiskError, NanoError
 from .store import Store
 from .turns import INTERRUPTED, RUNNING, Turn, as_markdown, english, has, one_line, replaced
 
@@ -53,10 +53,13 @@ class Kept(Store):
         super().__init__(path, _STEPS, "chat")
         self.db.create_function("has", 2, has, deterministic=True)
         self.mend()
-    def mend(self):
-        "Answers whose program died will not grow any more: say so."
+    def mend(self)->list: # the names of programs that died
+        "Answers whose program died will not grow any more: say so, in the file too if it can be written."
         owners = self.read(f"SELECT DISTINCT owner FROM turns WHERE reason='{RUNNING}'") # as it stands in the index
-        if dead := [o for o, in owners if not self.alive(o)]: self._interrupt(dead)
+        dead = [o for o, in owners if not self.alive(o)]
+        with suppress(DiskError):
+            if dead: self._interrupt(dead)
+        return dead
     def _interrupt(self, owners):
         with self.together() as db:
             db.executemany("UPDATE turns SET reason=? WHERE reason=? AND owner=?", [(INTERRUPTED, RUNNING, o) for o in owners])
@@ -119,10 +122,13 @@ class Kept(Store):
         live:bool=True,   # False: those that were replaced
     )->list:              # Turns, oldest first
         "What was said."
-        self.mend()
-        keys = list(Turn.__dataclass_fields__)
-        rows = self.read(f"SELECT {','.join(keys)} FROM turns WHERE conversation=? AND live=? ORDER BY id", conversation, int(live))
-        return [Turn(**{**dict(zip(keys, r, strict=True)), "settings":json.loads(r[keys.index("settings")])}) for r in rows]
+        dead,keys = self.mend(),list(Turn.__dataclass_fields__)
+        rows = self.read(f"SELECT {','.join(keys)}, owner FROM turns WHERE conversation=? AND live=? ORDER BY id", conversation, int(live))
+        def turn(*row, owner):
+            o = dict(zip(keys, row, strict=True))
+            if o["reason"]==RUNNING and owner in dead: o["reason"] = INTERRUPTED
+            return Turn(**o | dict(settings=json.loads(o["settings"])))
+        return [turn(*r, owner=owner) for *r,owner in rows]
 
 # %% ../nbs/19b_history.ipynb #1ea363c1
 def history_path()->Path:

@@ -101,6 +101,16 @@ def test_an_answer_of_a_living_program_is_not_interrupted(tmp_path, child):
     kept(path)
     assert not list(tmp_path.glob("*.open")), "no mark of a dead program is left"
 
+def test_interrupted_is_said_where_nothing_can_be_written(tmp_path, child):
+    "With a full or read-only disk the history is read as ever, and a dead answer is called one."
+    path = tmp_path/"chat.db"
+    with closing(History(path)) as h:
+        p = child("t = h.add(h.new(), 'assistant', 'half', reason='running'); print(t, flush=True); time.sleep(60)", path)
+        p.stdout.readline(); p.kill(); p.wait()
+        h.read("PRAGMA query_only=ON")
+        for _ in range(2): assert [(o.text, o.reason) for o in h.turns(h.cards()[0].id)]==[("half", INTERRUPTED)]
+        with pytest.raises(DiskError): h.new()
+
 def test_the_same_while_it_is_stopped(tmp_path, child):
     "A program that the system holds still is not dead."
     path = tmp_path/"chat.db"
