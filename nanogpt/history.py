@@ -201,9 +201,9 @@ class History(Kept):
         "The list of conversations."
         main = "FROM turns t WHERE t.conversation=c.id AND live AND side=''"
         sql = f"""SELECT id, title, created, updated, (SELECT count(*) {main}), (SELECT text {main} AND role='user' ORDER BY t.id LIMIT 1)
-            FROM conversations c WHERE ?1='' OR has(title, ?1)
-            OR EXISTS(SELECT 1 FROM turns t WHERE t.conversation=c.id AND live AND has(text, ?1)) ORDER BY updated DESC, id DESC LIMIT ?2"""
-        rows = self.read(sql, _text(search).strip(), int(limit))
+            FROM conversations c WHERE ?='' OR has(title, ?)
+            OR EXISTS(SELECT 1 FROM turns t WHERE t.conversation=c.id AND live AND has(text, ?)) ORDER BY updated DESC, id DESC LIMIT ?"""
+        rows = self.read(sql, *[_text(search).strip()]*3, int(limit))
         return [Card(k, one_line(title) or one_line(first or ""), made, last, n) for k,title,made,last,n,first in rows]
     def markdown(
         self,
