@@ -137,6 +137,17 @@ def test_looking_changes_nothing(home):
     assert tree(home)==before
     assert Shelf([home]).load(home/"stopped").model is not None and tree(home)!=before # the one before it is whole
 
+def test_a_folder_that_may_not_be_read(home, monkeypatch):
+    "Not even for an error of the system, whoever runs the tests."
+    (home/"locked").mkdir()
+    real = Path.exists
+    def exists(path, **more):
+        if "locked" in path.parts: raise PermissionError(13, "Permission denied")
+        return real(path, **more)
+    monkeypatch.setattr(Path, "exists", exists)
+    found = find_models([home])
+    assert [(e.name, e.kind) for e in found][1:]==[("a/base", "run"), ("locked", "bad")] and "PermissionError" in found[-1].note
+
 def test_what_is_no_model_is_not_listed(home):
     (home/"web").mkdir()
     write_json(home/"web/config.json", dict(theme="dark"))
@@ -158,6 +169,10 @@ def test_names_of_the_hub(home, monkeypatch, tmp_path_factory):
     (store/"models--an--other/snapshots/abc").mkdir(parents=True)
     write_json(store/"models--an--other/snapshots/abc/config.json", dict(model_type="bert"))
     assert [e.name for e in find_models([home], hub=True)]==["a/tuned", "some/body", "a/base"]
+    write_run(home/"own", "SFTConfig", init="some/body")
+    write_run(home/"lost", "SFTConfig", init="some/where")
+    shelf = Shelf([home])
+    assert shelf.base(shelf.load(home/"own")).entry.name=="some/body" and describe(home/"lost").base is None
     asked = find_models(["gpt2"])
     assert [(e.name, e.kind) for e in asked]==[("gpt2", "hub")] and "hub" in asked[0].note
 
@@ -289,8 +304,9 @@ def test_many_threads_load_once(home, monkeypatch):
 def test_a_model_that_cannot_be_loaded_takes_nobody_with_it(home):
     shelf = Shelf([home], keep=2)
     one = shelf.load(home/"a/tuned")
-    with pytest.raises(CheckpointError): shelf.load(home/"nowhere")
-    assert shelf.load(home/"a/tuned") is one
+    two = shelf.load(home/"a/base")
+    with pytest.raises(CheckpointError, match="no such folder"): shelf.load(home/"nowhere")
+    assert shelf.load(home/"a/tuned") is one and shelf.load(home/"a/base") is two
 
 def test_the_form_of_the_run_is_used(home):
     Template(TOK, "alpaca").save(home/"a/tuned")
