@@ -111,6 +111,7 @@ def newest_first(
     entries:Iterable, # of Entry
 )->list:
     "Tuned ones before others and bad ones at the end; among equals the newest first, and then by name."
+    # step 1: what is compared first stands first, and False comes before True
     return sorted(entries, key=lambda e: (e.kind=="bad", not e.tuned, -e.when, e.name))
 
 # %% ../nbs/19e_shelf.ipynb #19e00022

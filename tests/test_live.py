@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -145,7 +146,8 @@ class Steps:
     def __init__(self, *models):
         self.n, self.at_work, self.together, self.hold, self.reached = 0, 0, 0, None, threading.Event()
         self.go_on = threading.Event()
-        self.handles = [o for m in models for o in (m.lm_head.register_forward_pre_hook(self.begin), m.lm_head.register_forward_hook(self.end))]
+        self.handles = [o for m in (o.lm_head for o in models)
+                        for o in (m.register_forward_pre_hook(self.begin), m.register_forward_hook(self.end))]
     def begin(self, *_):
         self.n += 1
         self.at_work += 1
@@ -155,9 +157,9 @@ class Steps:
     def __enter__(self): return self
     def __exit__(self, *_): [h.remove() for h in self.handles]
 
-ENDLESS = dict(sampled=SampleConfig(max_tokens=10**5, min_tokens=10**5, overflow="slide"),
-               silent=SampleConfig(max_tokens=10**5, min_tokens=10**5, overflow="slide", logit_bias=(f"{TOK.encode('猫')[0]}:99",)), # half letters
-               searched=BeamConfig(beams=3, max_tokens=55, min_tokens=55))
+ON = SampleConfig(max_tokens=10**5, min_tokens=10**5, overflow="slide")
+ENDLESS = dict(sampled=ON, searched=BeamConfig(beams=3, max_tokens=55, min_tokens=55),
+               silent=replace(ON, logit_bias=(f"{TOK.encode('猫')[0]}:99",))) # the first third of a letter, again and again
 
 def held_stop(cfg, parts=1, job_of=Seen.job):
     "Stop while the sixth token is being made; how many were made in all."
@@ -185,18 +187,16 @@ def test_stop_is_obeyed_within_a_token(name, parts):
 def test_stop_from_the_page_itself(name):
     seen, model = Seen(), make()
     with Steps(model) as steps:
-        job = seen.job([Part(model, TOK, IDS[0], ENDLESS[name])], every=0)
-        job.throttle.show = lambda k, text, tokens, seconds: job.stop() if tokens==9 else None
+        stop = lambda k, text, tokens, seconds: job.stop() if tokens==9 else None
+        job = seen.job([Part(model, TOK, IDS[0], ENDLESS[name])], show=stop, every=0)
         job.start().thread.join()
         assert steps.n==9
 
-def test_a_flag_that_is_looked_at_late_is_noticed(monkeypatch):
-    "The control: one that is asked only when a show is due."
+def test_a_flag_that_is_looked_at_late_is_noticed():
+    "The control: one that is looked at before every fourth token."
     class Late(Job):
-        def _part(self, k, part, stopped):
-            asked = [0]
-            def late(): asked[0] += 1; return asked[0]%4==0 and stopped()
-            return super()._part(k, part, late)
+        asked = 0
+        def stopped(self): self.asked += 1; return self.asked%4==0 and super().stopped()
     late = lambda seen, parts: Late(parts, seen.show, seen.done, seen.failed)
     assert held_stop(ENDLESS["sampled"], job_of=late)[0]>6
 
@@ -257,6 +257,32 @@ def test_no_thread_and_no_mode_is_left():
     Task(lambda stopped: None, print, print).start().close()
     assert set(threading.enumerate())==before
 
+@pytest.mark.parametrize("how", ("ends", "is stopped", "fails", "breaks"))
+def test_a_job_that_is_over_holds_nothing(how):
+    "Whoever still holds the job, or was told by it, must not hold its model: a shelf could never let it go."
+    seen, model = Seen(), make()
+    gone = weakref.ref(model)
+    ids = dict(fails=[1]*65, breaks=["the"]).get(how, IDS[0])
+    seen.held = job = seen.job([Part(model, TOK, ids, LONG)]).start() # the page holds the job, and the job the page
+    del model
+    if how=="is stopped": job.stop()
+    job.thread.join()
+    assert seen.calls and gone() is None # at once, without looking for circles
+
+def test_work_alone_waits_for_a_job():
+    seen, model, order = Seen(), make(), []
+    with Steps(model) as steps:
+        steps.hold = 3
+        job = seen.job([Part(model, TOK, IDS[0], LONG)]).start()
+        assert steps.reached.wait(60)
+        free = Task(lambda stopped: order.append("free"), print, print).start()
+        alone = Task(lambda stopped: order.append(steps.n), lambda o: None, print, alone=True).start()
+        free.thread.join()
+        assert order==["free"] and alone.running
+        steps.go_on.set()
+        for o in (job, alone): o.thread.join()
+    assert order==["free", 50]
+
 def test_a_job_may_close_itself_and_begin_the_next():
     seen, model, jobs = Seen(), make(), []
     def again(k, o, seconds): jobs[0].close(); jobs.append(seen.job([Part(model, TOK, IDS[0], LONG)]).start())
@@ -268,7 +294,8 @@ def test_a_job_may_close_itself_and_begin_the_next():
 EXIT = """
 import test_live as t, threading
 model, shown = t.make(), threading.Event()
-job = t.Job([t.Part(model, t.TOK, t.IDS[0], t.ENDLESS["sampled"])]*2, lambda *o: shown.set(), lambda k,o,s: print(k, o.reason), print).start()
+parts = [t.Part(model, t.TOK, t.IDS[0], t.ENDLESS["sampled"])]*2
+t.Job(parts, lambda *o: shown.set(), lambda k,o,s: print(k, o.reason), print).start()
 t.Job([t.Part(model, t.TOK, t.IDS[0], t.LONG)], print, lambda k,o,s: print("waiting", o.reason, len(o.ids)), print).start()
 shown.wait(60)
 """

@@ -105,14 +105,15 @@ def damage(folder):
     of("shape", lambda p: other(p, n_head=3))
     of("types", lambda p: other(p, n_layer="two"))
     of("words", lambda p: (p/"model/tokenizer.json").unlink())
-    of("kind", lambda p: say(p/"config.json", json.dumps(dict(model_type="bert"))), lambda p: save_model(p, make(), TOK) or p)
+    def export(p): save_model(p, make(), TOK); return p
+    of("kind", lambda p: say(p/"config.json", json.dumps(dict(model_type="bert"))), export)
     of("half", lambda p: [shutil.rmtree(o) for o in (p/"ckpt").iterdir()], lambda p: write_steps(p, 3))
     of("<img src=x onerror=alert(1)>", lambda p: shutil.rmtree(p/"model"))
     of("settings", lambda p: say(p/"config.json", '{"kind": "SFTConfig", "settings": [7]}'))
-    return {"short":"bytes, not", "gone":"missing", "unsaved":"nothing is saved yet", "manifest":"not readable JSON", "list":"cannot be read",
-            "unnamed":"MANIFEST.json", "record":"not readable JSON", "bytes":"bytes, not", "shape":"n_head", "types":"cannot be read",
-            "words":"tokenizer.json is missing", "kind":"'bert'", "half":"nothing is saved yet", "<img src=x onerror=alert(1)>":"nothing is saved",
-            "settings":"cannot be read"}
+    return {"short":"bytes, not", "gone":"missing", "unsaved":"nothing is saved yet", "manifest":"not readable JSON",
+            "list":"cannot be read", "unnamed":"MANIFEST.json", "record":"not readable JSON", "bytes":"bytes, not", "shape":"n_head",
+            "types":"cannot be read", "words":"tokenizer.json is missing", "kind":"'bert'", "half":"nothing is saved yet",
+            "<img src=x onerror=alert(1)>":"nothing is saved", "settings":"cannot be read"}
 
 def test_a_bad_folder_is_listed_with_its_reason_and_stops_nobody(home):
     bad = damage(home/"bad")
@@ -226,11 +227,35 @@ def test_memory_does_not_grow(tmp_path, env, dtype):
     paths = [write_run(tmp_path/str(k), seed=k, n_embd=256, n_layer=4) for k in range(3)]
     size = (paths[0]/"model/model.safetensors").stat().st_size
     def grown(*more):
-        r = subprocess.run([sys.executable, "-c", SWITCH, str(tmp_path), dtype, *more], env=env|dict(OMP_NUM_THREADS="1"), capture_output=True,
-                           text=True, timeout=200, check=True)
+        words = [sys.executable, "-c", SWITCH, str(tmp_path), dtype, *more]
+        r = subprocess.run(words, env=env|dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200, check=True)
         return int(r.stdout)
     assert grown()<size/4
     if dtype=="bfloat16": assert grown("leak")>20*size/4 # the control: twenty more in half the bytes, and a good part of that
+
+LIGHT = """
+import sys
+from pathlib import Path
+from nanogpt.knobs import SampleConfig
+from nanogpt.live import Job, Part
+from nanogpt.shelf import Shelf
+done = []
+one = Shelf([sys.argv[1]]).load(sys.argv[1])
+job = Job([Part(one.model, one.tok, one.template.prompt([dict(role="user", content="the cat")]), SampleConfig(max_tokens=40))],
+          lambda *o: None, lambda *o: done.append(o), print).start()
+job.thread.join()
+assert done
+own = sum(int(o.split()[1])*1024 for o in open("/proc/self/smaps_rollup") if o.startswith("Private_"))
+print(own, *(o for o in ("datasets", "pandas", "pyarrow", "matplotlib", "transformers", "IPython", "torch._inductor") if o in sys.modules))
+"""
+
+@linux
+def test_an_answer_needs_little_memory_and_no_heavy_library(home, env):
+    "A kernel of the dashboard may take 450 MB of its own; without widgets and page it must be well below."
+    words = [sys.executable, "-c", LIGHT, str(home/"a/tuned")]
+    r = subprocess.run(words, env=env|dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200, check=True)
+    own, *heavy = r.stdout.split()
+    assert heavy==[] and 50e6<int(own)<300e6, r.stdout
 
 def test_the_last_asked_for_stays(home):
     write_run(home/"c", seed=3)
@@ -340,7 +365,8 @@ def test_a_demo_that_trains_saves_when_it_is_stopped(tmp_path, monkeypatch):
     "In the middle of a training it ends as after Ctrl-C, and the next one goes on there."
     monkeypatch.setenv("CXX", "none") # no compiler: the first step comes sooner
     demo = make_demo(tmp_path/"demo", "--threads", "1")
-    until(lambda: (tmp_path/"demo/base/log.jsonl").exists() and "loss" in (tmp_path/"demo/base/log.jsonl").read_text() or not demo.running, "no step")
+    log = tmp_path/"demo/base/log.jsonl"
+    until(lambda: log.exists() and "loss" in log.read_text() or not demo.running, "no step")
     demo.close()
     assert json.loads((tmp_path/"demo/base/exit.json").read_text())["reason"]=="preempted", demo.lines()
     assert "nothing is saved" not in describe(tmp_path/"demo/base").note
