@@ -10,7 +10,7 @@ from conftest import ROOT
 from nanogpt.cli import parse_only
 from nanogpt.core import ConfigError
 
-FILES = sorted((ROOT/"deploy").iterdir())
+FILES = [ROOT/"deploy"/name for name in ("skypilot.yaml", "slurm.sbatch", "trainjob.yaml")]
 KNOWN = {"$SLURM_JOB_NUM_NODES": "2", "$HOST": "first", "$SKYPILOT_NUM_GPUS_PER_NODE": "8"} # what the engines put in
 
 def strings(o):
@@ -35,7 +35,12 @@ def commands(text):
         at = next((i for i, w in enumerate(words) if w.rpartition("/")[2]=="nanogpt"), None)
         if at is not None and words[at+1:]: yield words[at+1:] # alone, it is a name
 
-def test_these_are_the_files(): assert [p.name for p in FILES]==["skypilot.yaml", "slurm.sbatch", "trainjob.yaml"]
+def test_these_are_the_files():
+    "Those that train are tested here, those that serve the dashboard in test_container.py."
+    import test_container
+    served = [*test_container.LABELLED, ROOT/"deploy"/"chat.env", ROOT/"deploy"/"Dockerfile.dockerignore"]
+    here = {p for p in (ROOT/"deploy").rglob("*") if p.is_file()}
+    assert here==set(FILES) | {p for p in served if "deploy" in p.parts}
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_it_can_be_read_and_says_what_was_not_run(path):
