@@ -109,8 +109,9 @@ class Visitor:
     def questions(self): return [o.strip() for o in self.all(".ng-user .ng-text").all_inner_texts()]
     def titles(self): return [o.strip() for o in self.all(".ng-card .ng-open").all_text_contents()]
     def settings(self, shown=True):
-        "Open, or close, the drawer with the knobs."
-        if self.page.evaluate("() => document.querySelector('.ng-app').classList.contains('ng-show-right')")!=shown: self.one(".ng-gear").click()
+        "Open, or close, the drawer with the knobs; on a phone it covers its own button."
+        if self.page.evaluate("() => document.querySelector('.ng-app').classList.contains('ng-show-right')")==shown: return
+        self.one(".ng-gear" if shown else ".ng-shut").click()
     def look_away(self):
         "Close the panel of tokens or attention."
         self.one(".ng-peek-close").click()

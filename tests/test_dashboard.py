@@ -29,6 +29,7 @@ def models(tmp_path_factory):
     bad = home/"<img src=x onerror=alert(1)>"
     bad.mkdir()
     (bad/"config.json").write_text('{"kind": "<img src=x onerror=window.taken=1>"') # torn
+    save_speaker(home/"quick", tok, SLOW, end=False, loop=True)
     save_speaker(home/"slow", tok, SLOW, end=False, layers=8, loop=True)
     save_speaker(home/"base", tok, BASE)
     save_speaker(home/"tuned", tok, TUNED, base=home/"base")
@@ -146,7 +147,7 @@ def test_before_and_after(server, browser):
         assert said.pop("")==SAID and list(said.values())==[BASE]
         v.shot("7-compare")
 
-def test_history_stays(server, browser):
+def test_history_stays(server, browser, models):
     "Ask, reload, find it by a word, name it, take it home, delete it: then it is gone."
     with Visitor(browser, server.url) as v:
         v.open()
@@ -186,8 +187,13 @@ def test_history_stays(server, browser):
         v.one(f"{card} .ng-delete").click()
         v.one(".ng-delete-yes").click()
         v.shows("() => ![...document.querySelectorAll('.ng-open')].some(o => o.textContent.includes('A bird'))")
-        v.open()
-        assert not any("bird" in o for o in v.titles()) and any("鹈鹕" in o for o in v.titles())
+        assert all("bird" not in o.title for o in kept(models)) and any("鹈鹕" in o.title for o in kept(models))
+
+def kept(models):
+    "What the file says, read by another program."
+    history = History(models.parent/"chat.db")
+    try: return history.cards()
+    finally: history.close()
 
 def test_by_keyboard_alone(server, browser):
     "No mouse: type, a new line, send, stop, reach a button by Tab and see where one is."
@@ -248,9 +254,10 @@ def test_phone_dark_and_chinese(server, browser):
         v.shot("11-phone-knobs-zh")
         text = v.one(".ng-right").inner_text()
         assert len(re.findall(r"[\u4e00-\u9fff]", text))>150 and not re.findall(r"\b[a-z]+ [a-z]+ [a-z]+\b", text), text # no English sentence is left
-        v.page.locator(".ng-language select").select_option(label="English")
+        v.settings(False)
+        v.one(".ng-menu").click()
+        v.one(".ng-language").select_option("en")
         v.shows("() => document.documentElement.lang == 'en'")
-        assert "Temperature" in v.one(".ng-right").inner_text()
         v.one(".ng-theme").click()
         v.shows("() => document.documentElement.dataset.theme == 'light'")
         assert v.page.evaluate(LIGHT, ".ng-answer .ng-text")[0]>.8
@@ -271,10 +278,16 @@ def test_hostile_strings_stay_letters(server, browser, models):
             v.pick(f"parrot{k}")
             v.one(".ng-new").click()
             v.shows("() => !document.querySelector('.ng-turn')")
-            said = v.ask("\n".join(part)[:6000])
-            assert len(said)>1000 and not taken(v.page) and v.scripts()==[], k
+            said = v.ask("Go")
+            assert len(said)>2000 and not taken(v.page) and v.scripts()==[], (k, len(said))
+            v.type("\n".join(part))
+            v.shows("() => document.querySelectorAll('.ng-user').length == 2")
+            v.page.keyboard.press("Escape")
+            v.finished(2)
+            assert not taken(v.page) and v.scripts()==[], k
+            seen = sum(visible(o).split()[0][:20] in v.questions()[-1] for o in part if o.split())
+            assert seen>.8*len(part), (k, seen, len(part))                           # all is there to be read
         v.shot("13-hostile")
-        assert sum(visible(s).split()[0][:12] in v.page.content() for s in TEXTS if visible(s).split())>0
         assert len(v.titles())>=len(HOSTILE)-5
         for name in ("picture", "an attribute more", "HTML in Markdown", "up and out", "two endings"):
             card = v.page.locator(".ng-card").filter(has_text=visible(HOSTILE[name])[:12]).first
@@ -292,7 +305,7 @@ def test_a_thousand_tokens_are_few_bytes(server, browser):
     "What streams to the browser, counted frame by frame, and the memory of the Python behind the page."
     with Visitor(browser, server.url) as v:
         v.open()
-        v.pick("slow")
+        v.pick("quick")
         v.settings()
         number(v, "max_tokens", "1000")
         v.page.wait_for_timeout(300)
