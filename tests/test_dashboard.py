@@ -11,10 +11,9 @@ from parrot import save_speaker, tokenizer
 from nanogpt.clean import visible
 from nanogpt.history import History
 
-TUNED, BASE, SLOW = "The tuned cat says **hello** to you, and wishes everybody well.", "The base cat says nothing at all.", "One two three four five. "
-SAID = TUNED.replace("*", "")
-SHORT = {k: s[:300] for k, s in HOSTILE.items()}                   # long enough to do harm
-TEXTS = [s.encode("utf-8", "replace").decode() for s in SHORT.values()]
+TUNED, BASE = "The tuned cat says **hello** to you, and wishes everybody well.", "The base cat says nothing at all."
+SAID, SLOW = TUNED.replace("*", ""), "One two three four five. "
+TEXTS = [s[:300].encode("utf-8", "replace").decode() for s in HOSTILE.values()] # long enough to do harm
 PARTS = [TEXTS[i::3] for i in range(3)]                            # of one answer each
 NAMES = [s for s in HOSTILE.values() if "/" not in s and "\0" not in s and s.isprintable() and s.strip(". ") and len(s.encode())<200]
 PAD = "cat "*60                                                    # an answer begins somewhere in here
@@ -195,6 +194,9 @@ def kept(models):
     try: return history.cards()
     finally: history.close()
 
+FOCUS = """() => { const e = document.activeElement, s = getComputedStyle(e)
+    return [e.className, e.ariaLabel || e.innerText || e.title || '', s.outlineStyle != 'none' || s.boxShadow != 'none'] }"""
+
 def test_by_keyboard_alone(server, browser):
     "No mouse: type, a new line, send, stop, reach a button by Tab and see where one is."
     with Visitor(browser, server.url) as v:
@@ -215,22 +217,24 @@ def test_by_keyboard_alone(server, browser):
         seen = []
         for _ in range(40):
             keys.press("Shift+Tab")
-            seen.append(v.page.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e)
-                return [e.className, e.ariaLabel || e.innerText || e.title || e.labels?.[0]?.innerText || '', s.outlineStyle != 'none' || s.boxShadow != 'none'] }"""))
+            seen.append(v.page.evaluate(FOCUS))
             if "ng-copy" in seen[-1][0]: break
         else: raise AssertionError(seen)
         assert all(ring for name, _, ring in seen if name) and all(label.strip() for name, label, _ in seen if "ng-press" in name), seen
         keys.press("Enter")
         v.shows("() => navigator.clipboard.readText().then(o => o.includes('two three'))")
 
-NARROW = """() => { const w = document.documentElement.clientWidth
-    return [document.documentElement.scrollWidth - w, ...[...document.querySelectorAll('.ng-main *')].filter(e => { const r = e.getBoundingClientRect()
-        return r.width && r.height && r.right > w + 1 && !e.closest('pre, table, .ng-sr, .ng-looked, .ng-side') }).map(e => e.className || e.tagName)] }"""
-LIGHT = """at => { const c = getComputedStyle(document.querySelector(at)), n = s => { const [r, g, b] = s.match(/[\\d.]+/g).map(x => x/255).map(x => x <= .03928 ? x/12.92 : ((x+.055)/1.055)**2.4)
-    return .2126*r + .7152*g + .0722*b }
-    let e = document.querySelector(at), back = 'rgba(0, 0, 0, 0)'
-    while (e && /, 0\\)|transparent/.test(back)) { back = getComputedStyle(e).backgroundColor; e = e.parentElement }
-    const [a, b] = [n(c.color), n(back)].sort((x, y) => y - x); return [n(back), (a + .05)/(b + .05)] }"""
+NARROW = """() => { const w = document.documentElement.clientWidth, ways = 'pre, table, .ng-sr, .ng-looked, .ng-side'
+    const out = e => { const r = e.getBoundingClientRect(); return r.width && r.height && r.right > w + 1 && !e.closest(ways) }
+    return [document.documentElement.scrollWidth - w, ...[...document.querySelectorAll('.ng-main *')].filter(out).map(e => e.className || e.tagName)] }"""
+LIGHT = """at => {                          // how light the ground under a text is, and how far its letters stand out (WCAG 2.1, 1.4.3)
+    const line = x => x <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4
+    const light = s => { const [r, g, b] = s.match(/[\\d.]+/g).map(x => line(x/255)); return .2126*r + .7152*g + .0722*b }
+    const ink = light(getComputedStyle(document.querySelector(at)).color)
+    let e = document.querySelector(at), under = 'rgba(0, 0, 0, 0)'
+    for (; e && /, 0\\)|transparent/.test(under); e = e.parentElement) under = getComputedStyle(e).backgroundColor
+    const paper = light(under), [a, b] = [ink, paper].sort((x, y) => y - x)
+    return [paper, (a + .05)/(b + .05)] }"""
 
 def test_phone_dark_and_chinese(server, browser):
     "A narrow screen without sideways scrolling, a dark one with enough contrast, and every word in Chinese."
@@ -253,7 +257,8 @@ def test_phone_dark_and_chinese(server, browser):
         v.settings()
         v.shot("11-phone-knobs-zh")
         text = v.one(".ng-right").inner_text()
-        assert len(re.findall(r"[\u4e00-\u9fff]", text))>150 and not re.findall(r"\b[a-z]+ [a-z]+ [a-z]+\b", text), text # no English sentence is left
+        assert len(re.findall(r"[\u4e00-\u9fff]", text))>150
+        assert not re.findall(r"\b[a-z]+ [a-z]+ [a-z]+\b", text), text             # no English sentence is left
         v.settings(False)
         v.one(".ng-menu").click()
         v.one(".ng-language").select_option("en")
