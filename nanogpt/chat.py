@@ -23,7 +23,7 @@ from .live import Task
 from .peek import alternatives_html, attention_html, attention_weights, hindsight, tokens_html
 from .phrases import LANGUAGES, Phrases, pick_language
 from .session import Session
-from .shelf import Loaded, Shelf, make_demo
+from .shelf import Shelf, make_demo
 from .widgets import Board, Panel, asset, composer_html, empty_html, homeless_html, note_html, press, tag
 
 # %% ../nbs/19j_chat.ipynb #c552b207
@@ -95,54 +95,60 @@ class Desk(Session):
 # %% ../nbs/19j_chat.ipynb #7d9eb45b
 class Models(Desk):
     "Which model answers: found, loaded while the page stays awake, or made on the spot."
-    shelf,demo,waking,bad,wanted,coming = None,None,"",(),None,""
+    shelf,demo,bad,wanted,picked,coming,pending = None,None,(),None,"","",None
     def find(self):
         "Look at the folders; the model that was asked for, or else the newest tuned one, is loaded."
-        found = self.shelf.entries()
+        self.work(self.shelf.entries, self._found, partial(self._went, self.picked))
+    def _found(self, found):
         good = [o for o in found if o.kind!="bad"]
         self.bad = [self.t("{name} cannot be used: {why}", name=o.name, why=o.note) for o in found if o.kind=="bad"]
         self.known = {str(o.path):o.name for o in good}
-        options = [(title(o.name), str(o.path)) for o in good]
-        if self.wanted and self.wanted not in self.known: options.insert(0, (title(Path(self.wanted).name), self.wanted))
-        if not options: self.waking = ""; return self.show()
-        options.sort(key=lambda o: o[1]!=self.wanted) # the one that is wanted, or the newest, comes first
+        options,wanted = [(title(o.name), str(o.path)) for o in good],self.picked or self.wanted
+        if wanted and wanted not in self.known: options.insert(0, (title(Path(wanted).name), wanted))
+        if not options: return self._loading("")
+        options.sort(key=lambda o: o[1]!=wanted) # the one that is wanted, or the newest, comes first
         self.frame.model.options = options
         self.frame.model.index = 0
-        if not self.loaded: self._on_pick(self.frame.model.value, "")
+        self._on_pick(self.frame.model.value, "")
     def _on_pick(self, arg, value):
-        if not arg or arg==self.coming or self.loaded and str(self.loaded.entry.path)==arg: return
-        self.wanted,self.coming,self.waking,self.loaded,self.base = arg,arg,self.known.get(arg, Path(arg).name),None,None
-        self._loading(True)
-        Task(lambda stopped: self.shelf.load(Path(arg)), partial(self.safely, self.came), partial(self.safely, self.went)).start()
-    def came(
-        self,
-        loaded:Loaded, # a model
-    ):
-        "A model is here; one that nobody wants any more is let go."
-        if str(loaded.entry.path)!=self.wanted: return
-        self.loaded,self.coming,self.waking = loaded,"",""
+        if not arg or arg==self.picked: return
+        self.picked,self.loaded,self.base = arg,None,None
+        self._loading(self.known.get(arg, Path(arg).name))
+        self.work(partial(self.shelf.load, Path(arg)), partial(self._came, arg), partial(self._went, arg))
+    def _came(self, arg, loaded):
+        if arg!=self.picked: return # another was chosen meanwhile
+        self.loaded = loaded
         self.frame.compare.value,self.frame.compare.disabled = False,not loaded.entry.base
-        self._loading(False)
-    def went(
-        self,
-        error:Exception, # why no model has come
-    ):
-        "Say why there is none."
-        self.coming,self.waking = "",""
+        self._loading("")
+    def _went(self, arg, error):
+        if arg!=self.picked: return
+        if not self.loaded: self.picked = "" # it may be tried again
         self.alert(error)
-        self._loading(False)
-    def _loading(self, on):
-        self.frame.composer.tell("mark", name="ng-loading", on=on)
+        if self.pending: self.frame.composer.tell("fill", text=self.pending["text"]); self.pending = None
+        self._loading("")
+    def _loading(self, name):
+        self.coming = name
+        self.frame.composer.tell("mark", name="ng-loading", on=bool(name))
         if not self.turns(): self.show()
-    def _on_compare(self, arg, value): self.base = self.shelf.base(self.loaded) if arg and self.loaded else None
+        if self.pending and not name: value,self.pending = self.pending,None; self._on_send("", value)
+    def _on_send(self, arg, value): # what is asked while a model is coming waits for it
+        if self.coming and not self.running: self.pending = value; self.frame.notes.put("note", note_html(self.t, self._waits(), bad=False))
+        else: super()._on_send(arg, value)
+    def _waits(self): return self.t("Loading {name} …", name=self.coming)
+    def _on_compare(self, arg, value):
+        self.base = None
+        if not (arg and self.loaded): return
+        self._loading(self.t("the base model"))
+        self.work(partial(self.shelf.base, self.loaded), partial(self._based, self.picked), partial(self._went, self.picked))
+    def _based(self, arg, base):
+        if arg==self.picked: self.base = base if self.frame.compare.value else None; self._loading("")
     def _starters(self):
         kind = "tales" if self.loaded.tok.n_vocab<50_000 else "general" # GPT-2's words know this world, our own the little one
         return [(self.t(LABELS[c]), o) for c,some in STARTERS.items() for o in [next(x for x in some if x.kind==kind)]]
     def empty(self)->str: # HTML
         "A page without turns: how to begin, or what it waits for, or that there is no model and how to make one."
         if self.loaded: return empty_html(self.t, self._starters())
-        loading = plain(self.t("Loading {name} …", name=self.waking))
-        if self.waking: return tag("div", tag("p", loading, css="ng-waking", role="status"), css="ng-empty")
+        if self.coming: return tag("div", tag("p", plain(self._waits()), css="ng-waking", role="status"), css="ng-empty")
         return homeless_html(self.t, self.demo.lines() if self.demo else [], bool(self.demo and self.demo.running), self.bad)
     def _on_start(self, arg, value): self.frame.composer.tell("fill", text=self._starters()[int(arg)][1].text)
     def _on_demo(self, arg, value):
@@ -156,13 +162,7 @@ class Models(Desk):
 class Look(Models):
     "What else each token might have been, and where the model looked."
     seen,gazed = None,None
-    def look(
-        self,
-        name:str,    # of the drawer
-        why:str,     # how to read it
-        parts:dict,  # name → HTML
-    ):
-        "Open the right drawer on something else than the knobs."
+    def _look(self, name, why, parts):
         shut = press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut")
         self.frame.peek.show({"head": tag("div", tag("h2", plain(name)), shut, css="ng-peek-top")+tag("p", plain(why)), **parts})
         self._open(True)
@@ -170,19 +170,25 @@ class Look(Models):
         for name in ("ng-peeking","ng-show-right"): self.frame.composer.tell("mark", name=name, on=on)
     def _on_peek_close(self, arg, value): self._open(False)
     def _on_tokens(self, arg, value):
-        loaded,ids,out = self.looks[int(arg)]
-        self.seen = loaded.tok,SimpleNamespace(ids=out.ids, logprobs=hindsight(loaded.model, loaded.tok, ids, out.ids, 5))
-        why = self.t("The stronger the colour, the less sure the model was. Choose a token to see what it might have said instead.")
-        self.look(self.t("Tokens"), why, {"tokens": tokens_html(*self.seen, self.t), "odds": ""})
-        if out.ids: self._on_token(0, "")
+        path,ids,out = self.looks[int(arg)]
+        def work():
+            o = self.shelf.load(path)
+            return o.tok,SimpleNamespace(ids=out.ids, logprobs=hindsight(o.model, o.tok, ids, out.ids, 5))
+        self.work(work, self._tokens, alone=True)
+    def _tokens(self, seen):
+        self.seen,why = seen,self.t("The stronger the colour, the less sure the model was. Choose a token to see its rivals.")
+        self._look(self.t("Tokens"), why, {"tokens": tokens_html(*seen, self.t), "odds": ""})
+        if seen[1].ids: self._on_token(0, "")
     def _on_token(self, arg, value): self.frame.peek.put("odds", alternatives_html(*self.seen, int(arg), self.t))
     def _on_attention(self, arg, value):
-        loaded,ids,out = self.looks[int(arg)]
-        if not out.ids: return
-        ids = [*ids, *out.ids]
-        self.gazed = [loaded.tok, ids, attention_weights(loaded.model, ids[:-1], len(out.ids)), loaded.model.cfg.n_layer-1, None]
-        why = self.t("Each row is a token of the answer, each column one before it: the darker, the more it counted.")
-        self.look(self.t("Attention"), why, {"which": self._which()})
+        path,ids,out = self.looks[int(arg)]
+        def work():
+            o = self.shelf.load(path)
+            return [o.tok, [*ids, *out.ids], attention_weights(o.model, [*ids, *out.ids][:-1], len(out.ids)), o.model.cfg.n_layer-1, None]
+        if out.ids: self.work(work, self._attention, alone=True)
+    def _attention(self, gazed):
+        self.gazed,why = gazed,self.t("Each row is a token of the answer, each column one before it: the darker, the more it counted.")
+        self._look(self.t("Attention"), why, {"which": self._which()})
         self._map()
     def _which(self):
         L,H,_,_ = self.gazed[2].shape
@@ -210,9 +216,9 @@ class App(Look):
         super().__init__(History(path and Path(path)), Frame(self.heard, values), Phrases(self.lang).t, values)
         self.shelf,self.wanted = shelf or Shelf([Path(o["runs"])], device=o["device"], dtype=o["dtype"]),o["model"] and str(o["model"])
         if said := self.history.notice(self.t): self.frame.notes.put("note", note_html(self.t, said, bad=False))
-        self.waking = self.t("the models")
+        self.coming = self.t("the models")
         self.speak(self.lang)
-        Task(lambda stopped: self.find(), lambda out: None, partial(self.safely, self.went)).start()
+        self.find()
     def heard(
         self,
         act:str, # what was pressed
@@ -235,6 +241,7 @@ class App(Look):
         if arg!="ng-composer": return # one board of many: the page has come
         wanted = value["languages"] if self.settings["language"]=="auto" else self.lang
         self.speak(pick_language(wanted))
+        self.find() # what was found when the kernel was made ready may be old
     def _on_language(self, arg, value): self.settings["language"] = value; self.speak(value)
     def _on_close(self, arg, value): self.frame.notes.show({})
     def _knobs(self):

@@ -72,10 +72,10 @@ class Dialogue:
     ):
         "A new question; the next turn is its answer."
         if self.waiting: raise ConfigError("the last question has no answer yet", "wait for it, or stop it")
-        self._ask(self.turns, text)
-    def _ask(self, before, text):
+        self._put(len(self.turns), text)
+    def _put(self, k, text):
         if not text.strip(): raise ConfigError("the question is empty", "write something")
-        self.turns = edited(before, len(before), text)
+        self.turns = edited(self.turns, k, text)
     def answer(
         self,
         text:str, # as far as it was shown
@@ -97,7 +97,7 @@ class Dialogue:
         "Ask something else there; that question and all later turns are gone."
         if not 0<=k<len(self.turns) or self.turns[k]["role"]!="user":
             raise ConfigError(f"turn {k} is not a question", "edit one of your own messages")
-        self._ask(self.turns[:k], text)
+        self._put(k, text)
 
 # %% ../nbs/19c_dialogue.ipynb #19c00016
 def lengths(

@@ -31,7 +31,7 @@ CREATE INDEX turns_running ON turns(owner) WHERE reason='running';
 """,) # one per schema number
 
 def _text(s): return str(s).encode("utf-16", "surrogatepass").decode("utf-16", "replace") # half a character cannot be kept
-def _packed(o): return json.dumps(o, ensure_ascii=False, default=str).encode("utf-8", "replace").decode()
+def _packed(o): return _text(json.dumps(o, ensure_ascii=False, default=str))
 
 _ABOUT = dict(model=_text, settings=_packed, tokens=int, seconds=float, reason=_text, side=_text)
 _HEAD = dict(title=_text, system=_text, settings=_packed)

@@ -6,8 +6,10 @@
 __all__ = ['searching', 'Part', 'take_turns', 'Throttle', 'as_error', 'Task', 'Job']
 
 # %% ../nbs/19d_live.ipynb #19d00002
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -108,7 +110,10 @@ class Throttle:
 def as_error(
     e:Exception, # whatever was raised
 )->NanoError:
-    "The same for people: what happened and what to do; the original is its cause."
+    "The same for people: what happened and what to do. What nobody foresaw is its cause, and stands in the terminal of the server whole."
+    if not isinstance(e, NanoError): print("".join(traceback.format_exception(e)), file=sys.__stderr__, flush=True)
+    inner = e
+    while inner: inner.__traceback__,inner = None,inner.__cause__ or inner.__context__ # a traceback holds all variables, a model too
     if isinstance(e, NanoError): return e
     what,fix = f"the program made a mistake ({type(e).__name__}: {e})","try again; if it comes back, report it with these words"
     if isinstance(e, MemoryError) or type(e).__name__=="OutOfMemoryError" or "can't allocate memory" in str(e):
@@ -117,6 +122,8 @@ def as_error(
     out.__cause__ = e
     return out
 
+_TURN,_BUSY = threading.Condition(),[] # who computes alone, one at a time
+
 class Task:
     "Work on a thread of its own; what it made or why it failed arrives there, and nothing is left when it is over."
     def __init__(
@@ -124,8 +131,9 @@ class Task:
         work:Callable,   # (stopped) → anything; `stopped()` tells whether it shall end
         done:Callable,   # takes what the work has made
         failed:Callable, # takes a NanoError
+        alone:bool=False,# wait until no other such work computes (or until it is stopped)? For all that asks a model
     ):
-        self.work,self.done,self.failed,self._stop = work,done,failed,threading.Event()
+        self.calls,self.alone,self._stop = (work, done, failed),alone,threading.Event()
         self.thread = threading.Thread(target=copy_context().run, args=(self._run,), name="nanogpt") # what it prints goes where we print
     def start(self):
         "Begin; returns itself."
@@ -137,6 +145,7 @@ class Task:
     def stop(self):
         "Ask it to end; returns at once."
         self._stop.set()
+        with _TURN: _TURN.notify_all()                             # it may be waiting
     def close(self):
         "Ask it to end, and wait until it has."
         self.stop()
@@ -144,13 +153,19 @@ class Task:
     @property
     def running(self)->bool: "Whether it has begun and has not ended."; return self.thread.is_alive()
     def _run(self):
-        try: out = self.work(self.stopped)
-        except Exception as e: self.failed(as_error(e))
-        else: self.done(out)
+        (work,done,failed),self.calls = self.calls,()              # when it is over it holds nothing, whoever holds it
+        with _TURN:
+            if self.alone: _TURN.wait_for(lambda: not _BUSY or self.stopped())
+            if mine := self.alone and not _BUSY: _BUSY.append(self)
+        try: out = work(self.stopped)
+        except Exception as e: failed(as_error(e))
+        else: done(out)
+        finally:
+            with _TURN:
+                if mine: _BUSY.clear()
+                _TURN.notify_all()
 
 # %% ../nbs/19d_live.ipynb #19d00050
-_TURN,_BUSY = threading.Condition(),[] # one job computes at a time: the library's switches are the whole process's
-
 class Job(Task):
     "Answers side by side, a token of each in turn; every part ends with one call, of `done` or of `failed`."
     def __init__(
@@ -163,38 +178,26 @@ class Job(Task):
         clock:Callable=time.monotonic, # tells the time in seconds
         sleep:Callable=time.sleep,     # waits so many seconds
     ):
-        super().__init__(self._answer, lambda out: None, lambda e: [self._end(k, failed, e) for k in list(self.left)])
-        self.parts,self.left,self.told = list(parts),set(range(len(parts))),(done, failed) # left: whose last call is still to come
-        self.throttle,self.clock = Throttle(show, every, clock, sleep),clock
-    def stop(self):
-        "Ask it to end: no part makes more than the token it is at; returns at once."
-        super().stop()
-        with _TURN: _TURN.notify_all()
-    def _answer(self, stopped):
-        with _TURN:
-            _TURN.wait_for(lambda: not _BUSY or stopped())
-            if mine := not _BUSY: _BUSY.append(self)
-        try:
-            for _,call in take_turns([self._part(k, p, stopped) for k,p in enumerate(self.parts)]): call()
-        finally:
-            with _TURN:
-                if mine: _BUSY.clear()
-                _TURN.notify_all()
+        self.left,self.clock = set(range(len(parts))),clock        # whose last call is still to come
+        throttle = Throttle(show, every, clock, sleep)             # one for all parts
+        flows = [self._part(k, p, throttle, done, failed) for k,p in enumerate(parts)]
+        super().__init__(lambda stopped: [call() for _,call in take_turns(flows)], lambda out: None,
+                         lambda e: [self._end(k, failed, e) for k in list(self.left)], alone=True)
     def _end(self, k, tell, *what):
         self.left.discard(k)
         tell(k, *what)
-    def _part(self, k, part, stopped):
+    def _part(self, k, part, throttle, done, failed):
         "One item after each token, and one at the end: what is to be called."
-        (done,failed),seconds,now = self.told,0.,Completion("", (), "")
+        seconds,now = 0.,Completion("", (), "")
         try:
             steps = part.steps()
             while not now.reason:
-                if stopped(): steps.close(); now = replace(now, reason="stopped"); break
+                if self.stopped(): steps.close(); now = replace(now, reason="stopped"); break
                 start = self.clock()
                 now = next(steps)
                 seconds += self.clock()-start
-                yield partial(self.throttle.push, k, now.text, len(now.ids), seconds)
+                yield partial(throttle.push, k, now.text, len(now.ids), seconds)
             steps.close()
         except Exception as e: yield partial(self._end, k, failed, as_error(e)); return
-        yield partial(self.throttle.last, k)
+        yield partial(throttle.last, k)
         yield partial(self._end, k, done, now, seconds)

@@ -16,7 +16,7 @@ from .clean import plain
 from .core import ConfigError, NanoError
 from .dialogue import DEFAULTS, Dialogue, budget, explain, settings_of, status
 from .history import History, Keeper, Turn
-from .live import Job, Part
+from .live import Job, Part, Task
 from .terminal import Budget
 from .widgets import answers_html, cards_html, growing_html, meter, note_html, user_html
 
@@ -87,6 +87,15 @@ class Talks:
         with self.lock:
             try: f(*args)
             except Exception as e: self.alert(e)
+    def work(
+        self,
+        work:Callable,   # something that takes a while
+        done:Callable,   # takes what it has made
+        failed:Callable|None=None, # takes a NanoError; None: it is said
+        **more,          # for Task
+    ):
+        "Do it on a thread of its own; the page stays awake."
+        Task(lambda stopped: work(), partial(self.safely, done), partial(self.safely, failed or self.alert), **more).start()
     def alert(
         self,
         error:BaseException, # what happened
@@ -128,9 +137,10 @@ class Talks:
         self.frame.log.show({} if turns else {"empty": self.empty()})
         for o in exchanges(turns): self.group(o)
         self.cards()
+    def _busy(self, running): self.running = running; self.frame.composer.tell("mark", name="ng-busy", on=bool(running))
     def leave(self):
         "An answer that nobody waits for is stopped, what it has said is kept; an edit is given up."
-        if self.running: self.running.job.stop()
+        if self.running: self.running.job.stop(); self._busy(None)
         if self.editing: self._on_keep("", "")
     def _on_new(self, arg, value): self.leave(); self.conversation = None; self.show(); self.frame.composer.tell("fill", text="")
     def _on_open(self, arg, value):
@@ -198,62 +208,38 @@ class Asking(Talks):
         cfg = settings_of(values)
         keep = lambda name,side: Keeper(self.history, self.conversation, model=name, settings=values, side=side)
         kept,n = [keep(name, name if k else "") for k,(name,_,_) in enumerate(sides)],len(sides)
-        r = self.running = Running(self.conversation, kept, sides, cfg, None, [""]*n, [1]*n)
+        r = Running(self.conversation, kept, sides, cfg, None, [""]*n, [1]*n)
         self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in sides]))
-        self.frame.composer.tell("mark", name="ng-busy", on=True)
-        calls = (partial(self.safely, f, r) for f in (self.grown, self.ended, self.failed))
+        self._busy(r)
+        calls = (partial(self.safely, f, r) for f in (self._grown, self._ended, self._failed))
         r.job = Job([Part(o.model, o.tok, sent.ids, cfg) for _,o,sent in sides], *calls)
         r.job.start()
 
 # %% ../nbs/19i_session.ipynb #2badb72a
 class Session(Asking):
     "Answers come: on the page, and in the file."
-    def grown(
-        self,
-        r:Running,     # which
-        k:int,         # its part
-        text:str,      # so far
-        tokens:int,    # so many
-        seconds:float, # they took
-    ):
-        "Send what is new, when it is worth a message."
+    def _grown(self, r, k, text, tokens, seconds):
         r.kept[k].show(text, tokens, seconds)
-        if tokens<r.next[k]: return
+        if tokens<r.next[k]: return # not worth a message yet; the end draws all
         (whole,new),r.shown[k],r.next[k] = piece(r.shown[k], text),text,due(tokens)
         if r.conversation!=self.conversation: return
         if whole: self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in r.sides], r.shown))
         else: self.frame.log.add(r.part, k, plain(new), meter(self.t, tokens, seconds))
-    def ended(
-        self,
-        r:Running,     # which
-        k:int,         # its part
-        out,           # a Completion or Hypothesis
-        seconds:float, # it took
-    ):
-        "Keep the answer, and what is needed to look into it."
-        turn,(_,loaded,sent) = r.kept[k].turn,r.sides[k]
-        r.kept[k].done(out.reason, out.text, tokens=len(out.ids), seconds=seconds)
-        self.looks[turn],self.remarks[turn] = (loaded, sent.ids, out),status(out.reason, sent, r.cfg, self.t)
-        if not out.text.strip() and out.reason!="stopped": self.remarks[turn].append(self.t("The model ended its answer without a word."))
-        self.over(r)
-    def failed(
-        self,
-        r:Running, # which
-        k:int,     # its part
-        error:NanoError, # what happened
-    ):
-        "Keep what there was, and say what happened."
-        r.kept[k].done("error")
-        self.alert(error)
-        self.over(r)
-    def over(
-        self,
-        r:Running, # which
-    ):
+    def _ended(self, r, k, out, seconds):
+        try:
+            turn,(_,loaded,sent) = r.kept[k].turn,r.sides[k]
+            r.kept[k].done(out.reason, out.text, tokens=len(out.ids), seconds=seconds)
+            self.looks[turn],self.remarks[turn] = (loaded.entry.path, sent.ids, out),status(out.reason, sent, r.cfg, self.t)
+            silent = not out.text.strip() and out.reason!="stopped"
+            if silent: self.remarks[turn].append(self.t("The model ended its answer without a word."))
+        finally: self._over(r)
+    def _failed(self, r, k, error):
+        try: r.kept[k].done("error"); self.alert(error)
+        finally: self._over(r)
+    def _over(self, r):
         "When the last part has ended, the answers are shown as they stay."
         if r.job.left: return
-        if self.running is r: self.running = None
-        self.frame.composer.tell("mark", name="ng-busy", on=bool(self.running))
+        if self.running is r: self._busy(None)
         if r.conversation==self.conversation: self.group([o for o in self.turns() if o.id in {x.turn for x in r.kept}])
         for o in filter(None, (o.problem for o in r.kept)): self.alert(o)
         self.cards()

@@ -153,7 +153,9 @@ def test_any_order_of_buttons_leaves_a_conversation(tok):
             if press=="ask": d.ask(rng.choice(("Who?", " ", "Mira?")))
             if press=="answer": d.answer(rng.choice(("Tom.", "", "\n")))
             if press=="regenerate": assert d.regenerate()==d.turns[-1]["content"]
-            if press=="edit": d.edit(rng.randint(-1, len(d.turns)), rng.choice(("Why?", "")))
+            if press=="edit":
+                d.edit(k := rng.randint(-1, len(d.turns)), rng.choice(("Why?", "")))
+                assert d.turns==[*copy[:k], dict(role="user", content="Why?")]
         except ConfigError as e:
             refused += 1
             assert d.turns==copy and all(explain(e))
@@ -179,7 +181,8 @@ def test_every_end_of_every_knob():
             assert c.label in what and c.label in fix and "--" not in what+fix
             assert settings_of({name: fix.removeprefix(f"Set {c.label} to ").removesuffix(".")})
         for bad in ("much", float("nan"), [1]):
-            with pytest.raises(ConfigError, match=f"--{name}="): settings_of({name: bad})
+            with pytest.raises(ConfigError, match=f"--{name}=") as e: settings_of({name: bad})
+            assert c.label in explain(e.value)[1] and "--" not in "".join(explain(e.value))
 
 def test_any_places_in_range_are_settings():
     rng = random.Random(2)

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -186,18 +187,16 @@ def test_stop_is_obeyed_within_a_token(name, parts):
 def test_stop_from_the_page_itself(name):
     seen, model = Seen(), make()
     with Steps(model) as steps:
-        job = seen.job([Part(model, TOK, IDS[0], ENDLESS[name])], every=0)
-        job.throttle.show = lambda k, text, tokens, seconds: job.stop() if tokens==9 else None
+        stop = lambda k, text, tokens, seconds: job.stop() if tokens==9 else None
+        job = seen.job([Part(model, TOK, IDS[0], ENDLESS[name])], show=stop, every=0)
         job.start().thread.join()
         assert steps.n==9
 
-def test_a_flag_that_is_looked_at_late_is_noticed(monkeypatch):
-    "The control: one that is asked only when a show is due."
+def test_a_flag_that_is_looked_at_late_is_noticed():
+    "The control: one that is looked at before every fourth token."
     class Late(Job):
-        def _part(self, k, part, stopped):
-            asked = [0]
-            def late(): asked[0] += 1; return asked[0]%4==0 and stopped()
-            return super()._part(k, part, late)
+        asked = 0
+        def stopped(self): self.asked += 1; return self.asked%4==0 and super().stopped()
     late = lambda seen, parts: Late(parts, seen.show, seen.done, seen.failed)
     assert held_stop(ENDLESS["sampled"], job_of=late)[0]>6
 
@@ -257,6 +256,32 @@ def test_no_thread_and_no_mode_is_left():
         assert model.training and not job.running
     Task(lambda stopped: None, print, print).start().close()
     assert set(threading.enumerate())==before
+
+@pytest.mark.parametrize("how", ("ends", "is stopped", "fails", "breaks"))
+def test_a_job_that_is_over_holds_nothing(how):
+    "Whoever still holds the job, or was told by it, must not hold its model: a shelf could never let it go."
+    seen, model = Seen(), make()
+    gone = weakref.ref(model)
+    ids = dict(fails=[1]*65, breaks=["the"]).get(how, IDS[0])
+    seen.held = job = seen.job([Part(model, TOK, ids, LONG)]).start() # the page holds the job, and the job the page
+    del model
+    if how=="is stopped": job.stop()
+    job.thread.join()
+    assert seen.calls and gone() is None # at once, without looking for circles
+
+def test_work_alone_waits_for_a_job():
+    seen, model, order = Seen(), make(), []
+    with Steps(model) as steps:
+        steps.hold = 3
+        job = seen.job([Part(model, TOK, IDS[0], LONG)]).start()
+        assert steps.reached.wait(60)
+        free = Task(lambda stopped: order.append("free"), print, print).start()
+        alone = Task(lambda stopped: order.append(steps.n), lambda o: None, print, alone=True).start()
+        free.thread.join()
+        assert order==["free"] and alone.running
+        steps.go_on.set()
+        for o in (job, alone): o.thread.join()
+    assert order==["free", 50]
 
 def test_a_job_may_close_itself_and_begin_the_next():
     seen, model, jobs = Seen(), make(), []
