@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAME', 'SITE', 'SHOWN', 'KERNEL', 'FILES', 'PATHS', 'HostConfig', 'told', 'page_settings', 'password_place',
            'make_hash', 'matches', 'save_hash', 'known_hash', 'typed_password', 'seconds_shut', 'Lockout',
-           'neighbourhood', 'is_loopback', 'known_host', 'same_origin', 'may_reach', 'Knock', 'Door']
+           'neighbourhood', 'known_host', 'is_loopback', 'same_origin', 'may_reach', 'Knock', 'Door']
 
 # %% ../nbs/19g_door.ipynb #19d00003
 import getpass
@@ -182,13 +182,6 @@ def neighbourhood(
     return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version==6 else str(ip)
 
 # %% ../nbs/19g_door.ipynb #19d00016
-def is_loopback(
-    host:str, # an address or a name to listen on
-)->bool:
-    "Whether only this machine can reach it."
-    try: return host=="localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError: return False
-
 def known_host(
     header:str, # the Host header, such as localhost:8866
     names:tuple, # names we are known under besides
@@ -204,6 +197,14 @@ def known_host(
     try: ipaddress.ip_address(name); return True
     except ValueError: return False
 
+# %% ../nbs/19g_door.ipynb #19d0004b
+def is_loopback(
+    host:str, # an address or a name to listen on
+)->bool:
+    "Whether only this machine can reach it."
+    try: return host=="localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError: return False
+
 def same_origin(
     origin:str, # the Origin header: the page that sent the request
     header:str, # the Host header
@@ -214,9 +215,10 @@ def same_origin(
     except ValueError: return False
     return site.scheme in ("http", "https") and (site.netloc==header.lower() or site.hostname in names)
 
-# %% ../nbs/19g_door.ipynb #19d00019
+# %% ../nbs/19g_door.ipynb #19d00051
 KERNEL = re.compile(r"\w+(?:-\w+){4}")
 
+# %% ../nbs/19g_door.ipynb #19d00019
 def may_reach(
     path:str,         # of a request
     visitor:str|None, # who sent it, if a cookie of ours says so

@@ -277,7 +277,7 @@ INSIDE = {"data: missing file": ("data --corpus {tmp}/none.txt --out {tmp}/d", "
     "generate: too long": ("generate --model {whole} --prompt {long}", "256"),
     "generate: damaged": ("generate --model {tmp}/damaged --prompt x", "model.safetensors"),
     "chat: no model": ("chat --terminal --model {tmp}/none", "none"),
-    "chat: no dashboard": ("chat --model {whole}", "--terminal"),
+    "chat: no password": ("chat --host 0.0.0.0 --password_file {tmp}/none", "argon2id"),
     "eval: no model": ("eval --model {shards}", "no model"),
     "eval: no data set": ("eval --model {whole} --tasks hellaswag --limit 2", "hellaswag"),
     "ckpt: no folder": ("ckpt list", "--dir")}

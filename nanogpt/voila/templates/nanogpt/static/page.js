@@ -6,3 +6,8 @@ window.voila_finish = () => {
 };
 window.display_cells = window.voila_finish;
 window.voila_process = window.voila_heartbeat = window.update_loading_text = () => {};
+// A page that is left for good gives its kernel back at once; without this it would be kept until it has been idle long enough.
+window.addEventListener("pagehide", (event) => {
+  const config = JSON.parse(document.getElementById("jupyter-config-data")?.textContent || "{}");
+  if (!event.persisted && config.kernelId) navigator.sendBeacon(`${config.baseUrl}voila/api/shutdown/${config.kernelId}`);
+});
