@@ -23,17 +23,18 @@ POLICY = {"default-src": "'none'", "script-src": "'self' blob: 'unsafe-eval'", "
 def headers(
     frames:tuple=(), # sites that may show the page in a frame
 )->dict:
-    "What every answer tells the browser: take nothing from elsewhere, stand in no foreign frame, tell nobody where you were."
+    "What every answer tells the browser: take nothing from elsewhere, stand in no foreign frame, tell no other site where you were."
     policy = POLICY | {"frame-ancestors": " ".join(frames) or "'none'"}
     return {"Content-Security-Policy": "; ".join(f"{k} {v}" for k,v in policy.items()), "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin",
+            "Referrer-Policy": "same-origin", # with no-referrer a form would say that it comes from nowhere, and be refused
+            "Cross-Origin-Opener-Policy": "same-origin",
             "Cross-Origin-Resource-Policy": "same-origin",
             "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
             "Server": "nanogpt"} | ({} if frames else {"X-Frame-Options": "DENY"})
 
 # %% ../nbs/19k_guard.ipynb #19f0000c
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>nanogpt</title>
+<meta name="color-scheme" content="light dark"><title>nanogpt</title><link rel="icon" href="data:,">
 <style>body{font:1.1rem/1.5 system-ui,sans-serif;max-width:24rem;margin:15vh auto;padding:0 1rem}
 input,button{font:inherit;padding:.5rem;width:100%;box-sizing:border-box;margin:.5rem 0}</style><main>{BODY}</main></html>"""
 FORM = """<form method="post" action="/login"><label>Password / 密码

@@ -319,7 +319,7 @@ def test_headers_and_links(shared):
         assert policy["default-src"]=="'none'" and policy["frame-ancestors"]=="'none'" and "http" not in headers["Content-Security-Policy"]
         assert "'unsafe-inline'" not in policy["script-src"] and headers["X-Content-Type-Options"]=="nosniff"
         assert headers["X-Frame-Options"]=="DENY"
-        assert headers["Referrer-Policy"]=="no-referrer" and "Tornado" not in headers["Server"]
+        assert headers["Referrer-Policy"]=="same-origin" and "Tornado" not in headers["Server"]
         if path in ("/", "/login", "/nothing"):
             assert not re.search(r"//(?!www\.w3\.org/2000/svg)[a-z0-9]", re.sub(r"https?://127\.0\.0\.1\S*", "", text))
     scripts = re.findall(r"<script([^>]*)>", page)
@@ -398,3 +398,21 @@ def test_in_a_browser(server, tmp_path):
         page.goto("about:blank")
         eventually(lambda: not s.kernels())
     assert not wrong and not foreign, (wrong, foreign)
+
+def test_signing_in_with_a_browser(server, kept, tmp_path):
+    "A stranger sees the form, a wrong password is said to be wrong, the right one opens the page; a second sign-in is not asked for."
+    s, wrong = server(password_file=kept), []
+    with browser(tmp_path/"profile", 360, 640) as page:
+        page.on("pageerror", lambda o: wrong.append(str(o)))
+        page.on("console", lambda o: wrong.append(o.text) if o.type=="error" and "401" not in o.text else None)
+        page.goto(s.url)
+        for word in ("wrong", PASSWORD):
+            page.fill("input[type=password]", word)
+            page.press("input[type=password]", "Enter")
+            if word=="wrong": page.wait_for_selector("text=That is not the password")
+        page.wait_for_selector(".go", timeout=60_000)
+        page.click(".go")
+        page.wait_for_function("document.querySelector('.n').textContent=='clicks 1'")
+        page.reload()
+        page.wait_for_selector(".go", timeout=60_000)
+    assert not wrong and len(re.findall("checked so far", s.said()))==2

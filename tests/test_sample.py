@@ -12,8 +12,10 @@ from itertools import islice
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanogpt import knobs, rules
+from nanogpt.cache import KVCache
 from nanogpt.core import CheckpointError, ConfigError, DataError
 from nanogpt.corpus import conversations
 from nanogpt.knobs import Knobs, SampleConfig, choose, top_p, warp
@@ -23,7 +25,7 @@ from nanogpt.settings import parse, settings
 from nanogpt.template import Template, shard_rows
 from nanogpt.terminal import Chat, chat_terminal
 from nanogpt.tokenizer import Tokenizer
-from nanogpt.window import batch_bytes, staying
+from nanogpt.window import Window, batch_bytes, staying
 
 @pytest.fixture(scope="module")
 def tok(): return Tokenizer.train(["the cat sat on the mat and the naïve rat ran. 猫 "*9], 300)
@@ -381,6 +383,30 @@ def test_all_of_dolly_becomes_rows(data_home, capsys):
     for ids, mask in rows[:200]:
         learnt = [i for i, m in zip(ids, mask, strict=True) if m]
         assert learnt.count(template.end)==1 and learnt[-1]==template.end and ids.count(template.marks["assistant"])==1
+
+# ---- a long prompt -----------------------------------------------------------------------------------------------------
+
+class Largest(TorchDispatchMode):
+    "The bytes of the largest tensor that is made."
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        made = out if isinstance(out, (tuple, list)) else [out]
+        self.bytes = max(self.bytes, *(o.nbytes for o in made if isinstance(o, torch.Tensor)), 0)
+        return out
+
+@torch.inference_mode()
+def test_a_long_prompt_is_read_in_bounded_room():
+    "The largest tensor belongs to a piece of 512 tokens; the control, which reads all at once, needs several times as much."
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50, block_size=4000, n_layer=1, n_head=2, n_embd=128, position="rotary")).eval()
+    text = torch.randint(50, (3990,)).tolist()
+    with Largest() as pieces: h = Window(model, [text], [10]).h
+    with Largest() as at_once: whole = model.hidden(torch.tensor([text]), KVCache(model.cfg, 1, like=model.lm_head.weight))[:,-1]
+    assert 3*pieces.bytes<at_once.bytes
+    torch.testing.assert_close(h, whole, rtol=1e-4, atol=1e-5)
 
 # ---- the terminal, in a process of its own ---------------------------------------------------------------------------
 
