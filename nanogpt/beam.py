@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .cache import KVCache, read
+from .cache import KVCache
 from .core import CheckpointError, ConfigError, DataError, ShapeError
 from .knobs import repetition_penalty
 from .memory import human, machine_memory, resident_bytes
@@ -166,11 +166,13 @@ def _told(tok, cfg, score, ids, reason):
 
 def _read(model, prompts, cfg):
     "Read each prompt once, then give it a row for every beam: the cache, and (R,C) the stream at the end of each row."
-    p,most = next(model.parameters()),max(map(len, prompts))
-    cache = KVCache(model.cfg, len(prompts), most, like=p)
-    h = read(model, prompts, cache)                                             # (P,C)
-    rows = torch.arange(len(prompts), device=p.device).repeat_interleave(cfg.beams)
-    return cache.take(rows, min(model.cfg.block_size, most+cfg.max_tokens)),h[rows]
+    p,n,block = next(model.parameters()),torch.tensor([len(o) for o in prompts]),model.cfg.block_size
+    most = int(n.max())
+    cache = KVCache(model.cfg, len(n), most, like=p)
+    h = model.hidden(torch.tensor([o+[0]*(most-len(o)) for o in prompts], device=p.device), cache) # (P,T,C)
+    cache.set_lengths(n)
+    rows = torch.arange(len(n)).repeat_interleave(cfg.beams)
+    return cache.take(rows.to(p.device), min(block, most+cfg.max_tokens)),h[rows,n[rows]-1]
 
 # %% ../nbs/17_beam.ipynb #f7896b7e
 class BeamSearch:
