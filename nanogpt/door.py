@@ -35,7 +35,7 @@ class HostConfig:
     host:str = arg("127.0.0.1", "address to listen on; any but this machine's own needs a password")
     port:int = arg(8866, "port to listen on; 0: any that is free")
     open:bool = arg(True, "open the page in the browser")
-    history:str = arg("auto", "the file of conversations; auto: in the user's own data folder; none: only in memory")
+    history:str = arg("auto", "the file of conversations, shared by all who get in; auto: in the user's data folder; none: in memory")
     language:str = arg("auto", "language of the page", choices=("auto", "en", "zh"))
     visitors:int = arg(4, "kernels at once, one for each open page; whoever comes later is told to wait")
     preheat:int = arg(0, "kernels that are kept ready for the next visitor; each takes memory")

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import webbrowser
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -119,7 +120,7 @@ class _Dashboard(Voila):
         return [*PAGES, *kept[:-1], ("/()", _Page, kept[-1][2])]
     def ready(self, house):
         "Everything but the socket; to be called inside the event loop, which the kernels that are kept ready need."
-        own = dict(house=house, disable_check_xsrf=True, log_function=lambda _: None, websocket_max_message_size=2**26)
+        own = dict(house=house, disable_check_xsrf=True, log_function=lambda _: None, websocket_max_message_size=2**24)
         self.app = Guarded(**self.init_settings()|own|dict(cookie_secret=house.secret))
         self.app.add_handlers(".*$", self.init_handlers())
         return self.app
@@ -173,7 +174,7 @@ def listen(
 async def _run(cfg, house, sock, url, nb, folder):
     app,stop,loop = configured(cfg, nb, folder),asyncio.Event(),asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT): signal.signal(sig, lambda *_: loop.call_soon_threadsafe(stop.set))
-    server = HTTPServer(app.ready(house))
+    server = HTTPServer(app.ready(house), max_body_size=2**20)
     server.add_socket(sock)
     print(url, flush=True)
     if cfg.open: threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
@@ -187,8 +188,9 @@ def serve(
     nb:Path|None=None, # a notebook to serve instead of the dashboard
 )->int:             # exit code
     "Serve the dashboard until SIGTERM or Ctrl-C, and print its address."
-    house = House(cfg, guarded(cfg))
+    kept = guarded(cfg)
     sock,url = listen(cfg)
+    house = House(replace(cfg, port=sock.getsockname()[1]), kept) # two servers of one browser: a cookie has no port, so its name has
     os.environ["NANOGPT_CHAT"] = told(cfg, knobs or {})
     os.environ.pop("NANOGPT_CHAT_PASSWORD_HASH", None) # kernels inherit what stands here
     logging.getLogger("tornado").setLevel(logging.ERROR) # it warns of Jupyter's own settings

@@ -379,6 +379,22 @@ def test_no_kernel_outlives_the_server(server, sig):
     eventually(lambda: not any(p.is_running() and p.status()!="zombie" for p in kernels))
     if sig!=signal.SIGKILL: assert code==0 and not os.listdir(s.temporary) and "Traceback" not in s.said()
 
+@pytest.mark.long
+def test_a_closed_page_ends_its_kernel(server):
+    "A kernel that nobody looks at ends when it has been idle long enough; one with an open page stays."
+    s = server(idle_minutes=1)
+    (ann, hers), (_, his) = s.visit(), s.visit()
+    from tornado.httpclient import HTTPRequest
+    from tornado.websocket import websocket_connect
+    async def look():
+        at = await websocket_connect(HTTPRequest(f"ws://{s.place}/api/kernels/{hers}/channels?session_id=s", headers=dict(Cookie=ann)))
+        end = time.monotonic()+150
+        while his in s.kernels() and time.monotonic()<end: await asyncio.sleep(1)
+        found = set(s.kernels())
+        at.close()
+        return found
+    assert asyncio.run(look())=={hers}
+
 # ---- in a browser ------------------------------------------------------------------------------------------------------
 
 def test_in_a_browser(server, tmp_path):
