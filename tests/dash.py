@@ -65,7 +65,7 @@ class Visitor:
     def __init__(self, chrome, url, width=1280, height=860, **more):
         self.url, self.context = url, chrome.new_context(viewport=dict(width=width, height=height), accept_downloads=True, **more)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url.rstrip("/"))
-        self.context.set_default_timeout(40_000)                       # the machine may be busy with other tests
+        self.context.set_default_timeout(20_000)                       # the machine may be busy with other tests
         self.asked, self.errors, self.dialogs, self.bytes = [], [], [], 0
         self.page = self.context.new_page()
         self.page.on("request", lambda r: self.asked.append(r.url))
