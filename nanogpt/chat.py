@@ -18,7 +18,7 @@ import ipywidgets as w
 from .clean import file_name, plain, title
 from .dialogue import DEFAULTS, LABELS, PRESET_LABELS, PRESETS, STARTERS, settings_of
 from .door import page_settings
-from .history import History, history_path
+from .history import history_path, open_history
 from .live import Task
 from .peek import alternatives_html, attention_html, attention_weights, hindsight, tokens_html
 from .phrases import LANGUAGES, Phrases, pick_language
@@ -73,23 +73,19 @@ class Frame:
 # %% ../nbs/19j_chat.ipynb #7a8a6094
 class Desk(Session):
     "What is done with a whole conversation, or with one text."
-    def _on_ask_no(self, arg, value): self.asking = (None, ""); self.cards()
-    def _on_rename(self, arg, value): self.asking = (int(arg), "rename"); self.cards()
-    def _on_delete(self, arg, value): self.asking = (int(arg), "delete"); self.cards()
+    def _on_ask_no(self, arg, value): self.asking = (None, "", ""); self.cards()
+    def _on_rename(self, arg, value): self.asking = (int(arg), "rename", self.history.about(int(arg))["title"]); self.cards()
+    def _on_delete(self, arg, value): self.asking = (int(arg), "delete", ""); self.cards()
     def _on_rename_yes(self, arg, value): self.history.rename(int(arg), value["title"]); self._on_ask_no("", "")
     def _on_delete_yes(self, arg, value):
         if self.conversation==int(arg): self._on_new("", "")
+        self.gone.add(int(arg))
         self.history.delete(int(arg))
         self._on_ask_no("", "")
     def _save(self, arg, end, text, mime):
         self.frame.brand.tell("save", name=file_name(self.titles.get(int(arg), ""))+end, text=text, mime=mime)
     def _on_export(self, arg, value): self._save(arg, ".md", self.history.markdown(int(arg), self.t), "text/markdown")
     def _on_json(self, arg, value): self._save(arg, ".json", self.history.json(int(arg)), "application/json")
-    def _text(self, arg): return next(o.text for o in self.turns() if o.id==int(arg))
-    def _on_edit(self, arg, value):
-        if self.running: return
-        self.editing = int(arg)
-        self.frame.composer.tell("mark", name="ng-editing", on=True); self.frame.composer.tell("fill", text=self._text(arg))
     def _on_copy(self, arg, value): self.frame.log.tell("copy", arg=arg, text=self._text(arg), done=self.t("Copied"), label=self.t("Copy"))
 
 # %% ../nbs/19j_chat.ipynb #7d9eb45b
@@ -174,7 +170,7 @@ class Look(Models):
         def work():
             o = self.shelf.load(path)
             return o.tok,SimpleNamespace(ids=out.ids, logprobs=hindsight(o.model, o.tok, ids, out.ids, 5))
-        self.work(work, self._tokens)
+        self.work(work, self._tokens, alone=True)
     def _tokens(self, seen):
         self.seen,why = seen,self.t("The stronger the colour, the less sure the model was. Choose a token to see its rivals.")
         self._look(self.t("Tokens"), why, {"tokens": tokens_html(*seen, self.t), "odds": ""})
@@ -185,7 +181,7 @@ class Look(Models):
         def work():
             o = self.shelf.load(path)
             return [o.tok, [*ids, *out.ids], attention_weights(o.model, [*ids, *out.ids][:-1], len(out.ids)), o.model.cfg.n_layer-1, None]
-        if out.ids: self.work(work, self._attention)
+        if out.ids: self.work(work, self._attention, alone=True)
     def _attention(self, gazed):
         self.gazed,why = gazed,self.t("Each row is a token of the answer, each column one before it: the darker, the more it counted.")
         self._look(self.t("Attention"), why, {"which": self._which()})
@@ -213,9 +209,11 @@ class App(Look):
         path = {"auto":history_path(), "none":None}.get(o["history"], o["history"]) if served else None # a lesson keeps nothing
         self.lang = pick_language(o["accept_language"]) if o["language"]=="auto" else o["language"]
         values = DEFAULTS | {k:v for k,v in o["knobs"].items() if k in DEFAULTS and v is not None} | dict(system=o["system"])
-        super().__init__(History(path and Path(path)), Frame(self.heard, values), Phrases(self.lang).t, values)
+        history,problem = open_history(path and Path(path))
+        super().__init__(history, Frame(self.heard, values), Phrases(self.lang).t, values)
         self.shelf,self.wanted = shelf or Shelf([Path(o["runs"])], device=o["device"], dtype=o["dtype"]),o["model"] and str(o["model"])
-        if said := self.history.notice(self.t): self.frame.notes.put("note", note_html(self.t, said, bad=False))
+        if said := history.notice(self.t): self.frame.notes.put("note", note_html(self.t, said, bad=False))
+        if problem: self.alert(problem)
         self.coming = self.t("the models")
         self.speak(self.lang)
         self.find()
