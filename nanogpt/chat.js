@@ -72,12 +72,16 @@ function render({model, el}) {
       for (const [at, name] of Object.entries(o.names)) app().querySelectorAll(at).forEach(x => x.setAttribute("aria-label", name))
     },
   }
+  const settle = () => { if (follow) el.scrollTop = el.querySelector(".ng-turn") ? el.scrollHeight : 0 }
+  const log = model.get("css").includes("ng-log")
   const listen = o => {
-    follow = el.scrollHeight - el.scrollTop - el.clientHeight < near || o.op === "all"
+    if (o.op === "all") follow = true
     tasks[o.op]?.(o)
-    if (follow && model.get("css").includes("ng-log")) el.scrollTop = el.querySelector(".ng-turn") ? el.scrollHeight : 0
+    if (log) settle()
   }
   model.on("msg:custom", listen)
+  const sizes = new ResizeObserver(settle)                               // a drawer opens, a phone is turned
+  if (log) { sizes.observe(el); on(el, "scroll", () => { follow = el.scrollHeight - el.scrollTop - el.clientHeight < near }) }
 
   const flip = {                                                         // presses that never leave the browser
     left: () => { app().classList.toggle("ng-show-left"); if (narrow()) app().classList.remove("ng-show-right") },
@@ -126,6 +130,6 @@ function render({model, el}) {
   try { kept = localStorage.getItem("ng-theme") } catch { /* as above */ }
   document.documentElement.dataset.theme ??= kept ?? "auto"
   say("ready", model.get("css").split(" ")[0], {languages: navigator.languages.join(",")})
-  return () => { off.abort(); model.off("msg:custom", listen) }
+  return () => { off.abort(); sizes.disconnect(); model.off("msg:custom", listen) }
 }
 export default {render}

@@ -29,7 +29,7 @@ def spell(
     "A token as a person reads it: whole letters as they are, half a letter as its bytes, a special token by its name."
     data = tok.decode_bytes([id])
     try: return data.decode() or f"⟨{id}⟩"                 # padding has no bytes, only a number
-    except UnicodeDecodeError: return f"⟨{data.hex(' ').upper()}⟩"
+    except UnicodeDecodeError: return f"⟨{data.hex('-').upper()}⟩"
 
 _SEEN = str.maketrans({" ":"␣", "\n":"⏎", "\t":"⇥"})
 
@@ -197,8 +197,8 @@ def _map(rows, label):
     for n in range(1, len(_TONES)+1):
         squares = "".join(f"M{x} {y}h1v1h-1z" for y,x in (step==n).nonzero().tolist())
         if squares: paths.append(f'<path d="{squares}" fill="currentColor" fill-opacity="{n/len(_TONES)}"/>')
-    return (f'<svg class="ng-map" role="img" aria-label="{label}" viewBox="0 0 {S} {Q}" width="{min(600, 8*S)}" '
-            f'height="{min(600, 8*S)*Q/S:.0f}">{"".join(paths)}</svg>')
+    return (f'<svg class="ng-map" role="img" aria-label="{label}" viewBox="0 0 {S} {Q}" width="{min(600, 12*S)}" '
+            f'height="{min(600, 12*Q)}" preserveAspectRatio="none">{"".join(paths)}</svg>')
 
 def attention_html(
     tok:Tokenizer,        # decodes

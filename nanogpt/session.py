@@ -15,9 +15,10 @@ from functools import partial
 from .clean import plain
 from .core import ConfigError, NanoError
 from .dialogue import DEFAULTS, Dialogue, budget, explain, settings_of, status
-from .history import History, Keeper, Turn
+from .history import RUNNING, History, Keeper, Turn
 from .live import Job, Part, Task
 from .terminal import Budget
+from .turns import replaced
 from .widgets import answers_html, cards_html, growing_html, meter, note_html, user_html
 
 # %% ../nbs/19i_session.ipynb #4c03114f
@@ -40,8 +41,8 @@ def remembered(
     "What the model is sent of it: compared and empty answers are no messages, and a question without an answer is forgotten."
     out = []
     for o in turns:
-        # step 1: answers of compared models, and empty ones, are no part of the conversation
-        if o.side or not o.text.strip(): continue
+        # step 1: answers of compared models, empty ones, and one that another window is writing are no part of it
+        if o.side or o.reason==RUNNING or not o.text.strip(): continue
         # step 2: two of one role in a row: the newer counts
         if out and out[-1]["role"]==o.role: out.pop()
         out.append(dict(role=o.role, content=o.text))
@@ -76,7 +77,7 @@ class Talks:
         values:dict,     # knob → its place
     ):
         self.history,self.frame,self.t,self.values,self.lock = history,frame,t,dict(values),threading.RLock()
-        self.conversation,self.running,self.editing,self.asking,self.tries = None,None,None,(None, ""),0
+        self.conversation,self.running,self.editing,self.asking,self.tries,self.gone = None,None,None,(None, "", ""),0,set()
         self.loaded,self.base,self.looks,self.remarks,self.titles,self.known = None,None,{},{},{},{} # known: path → name
     def safely(
         self,
@@ -115,8 +116,9 @@ class Talks:
         turns:list, # of an exchange
     ):
         "Draw one question, or the answers to one."
-        first = turns[0]
+        first,r = turns[0],self.running
         if first.role=="user": self.frame.log.put(f"u{first.id}", user_html(self.t, first))
+        elif r and r.part==f"a{first.id}": self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in r.sides], r.shown))
         else: self.frame.log.put(f"a{first.id}", answers_html(self.t, turns, self.why, lambda o: o.id in self.looks))
     def why(
         self,
@@ -125,6 +127,7 @@ class Talks:
         "Why it ended, and what was left out, in words."
         if turn.id in self.remarks: return " ".join(self.remarks[turn.id])
         if turn.reason=="error": return self.t("This answer was not finished.")
+        if turn.reason==RUNNING: return self.t("This answer is still being written.")
         sent = Budget([], [], 0, 0, self.loaded.model.cfg.block_size if self.loaded else 0)
         try: return " ".join(status(turn.reason, sent, settings_of(turn.settings), self.t))
         except NanoError: return ""
@@ -137,7 +140,6 @@ class Talks:
         self.frame.log.show({} if turns else {"empty": self.empty()})
         for o in exchanges(turns): self.group(o)
         self.cards()
-    def _busy(self, running): self.running = running; self.frame.composer.tell("mark", name="ng-busy", on=bool(running))
     def leave(self):
         "An answer that nobody waits for is stopped, what it has said is kept; an edit is given up."
         if self.running: self.running.job.stop(); self._busy(None)
@@ -155,7 +157,6 @@ class Talks:
         "Put knobs somewhere else."
         self.values |= values
         self.frame.panel.turn(self.values)
-    def _on_search(self, arg, value): self.cards()
 
 # %% ../nbs/19i_session.ipynb #c863d3d9
 @dataclass
@@ -191,29 +192,34 @@ class Asking(Talks):
         before = remembered([o for o in self.turns() if not self.editing or o.id<self.editing])
         d = Dialogue(self.values["system"], before[:-1] if before and before[-1]["role"]=="user" else before)
         d.ask(text)
-        sides,self.tries = self.sides(d.messages),0
-        if self.conversation is None: self.conversation = self.history.new(system=d.system, settings=self.values)
-        with self.history.together(): # the old question goes only if the new one is kept
-            if self.editing: self.history.cut(self.conversation, self.editing)
-            self.history.add(self.conversation, "user", text)
-        if self.editing: self._on_keep("", "")
-        self.show()
-        self.answer(sides)
+        self.tries = 0
+        def keep():
+            k = self.history.new() if self.conversation is None else self.conversation
+            self.history.change(k, system=d.system, settings=self.values)
+            if self.editing: self.history.cut(k, self.editing)
+            self.history.add(k, "user", text)
+            return k
+        self.answer(self.sides(d.messages), keep)
+    def _busy(self, running): self.running = running; self.frame.composer.tell("mark", name="ng-busy", on=bool(running))
     def answer(
         self,
-        sides:list, # (name, Loaded, Budget)
+        sides:list,    # (name, Loaded, Budget)
+        keep:Callable, # writes what comes before the answers; the conversation's id
     ):
-        "Begin the answers."
+        "Begin the answers; the file has all of what this needs, or nothing."
         values = self.values | dict(seed=self.values["seed"]+self.tries)
-        cfg = settings_of(values)
-        keep = lambda name,side: Keeper(self.history, self.conversation, model=name, settings=values, side=side)
-        kept,n = [keep(name, name if k else "") for k,(name,_,_) in enumerate(sides)],len(sides)
-        r = Running(self.conversation, kept, sides, cfg, None, [""]*n, [1]*n)
-        self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in sides]))
-        self._busy(r)
+        cfg,n = settings_of(values),len(sides)
+        with self.history.together():
+            conversation = keep()
+            about = lambda k,name: dict(model=name, settings=values, side=name if k else "")
+            kept = [Keeper(self.history, conversation, **about(k, name)) for k,(name,_,_) in enumerate(sides)]
+        self.conversation,r = conversation,Running(conversation, kept, sides, cfg, None, [""]*n, [1]*n)
+        if self.editing: self._on_keep("", "")
         calls = (partial(self.safely, f, r) for f in (self._grown, self._ended, self._failed))
         r.job = Job([Part(o.model, o.tok, sent.ids, cfg) for _,o,sent in sides], *calls)
-        r.job.start()
+        self._busy(r)
+        try: self.show(); r.job.start()
+        except BaseException: [o.done("error") for o in kept]; self._busy(None); raise
 
 # %% ../nbs/19i_session.ipynb #2badb72a
 class Session(Asking):
@@ -241,8 +247,10 @@ class Session(Asking):
         if r.job.left: return
         if self.running is r: self._busy(None)
         if r.conversation==self.conversation: self.group([o for o in self.turns() if o.id in {x.turn for x in r.kept}])
-        for o in filter(None, (o.problem for o in r.kept)): self.alert(o)
+        for o in r.kept:
+            if o.problem and r.conversation not in self.gone: self.alert(o.problem)
         self.cards()
+    def _on_search(self, arg, value): self.cards()
     def _on_send(self, arg, value):
         try:
             if not self.loaded: raise ConfigError("no model is loaded yet", "wait a moment, or choose one above")
@@ -253,10 +261,16 @@ class Session(Asking):
     def _on_stop(self, arg, value): self.running and self.running.job.stop()
     def _on_regenerate(self, arg, value):
         if self.running or not self.loaded: return
-        self.history.cut(self.conversation, int(arg))
+        turns,turn = self.turns(),int(arg)
+        before = remembered([o for o in turns if o.id not in replaced(turns, turn)])
         self.tries += 1 # another seed: with the same one the same would be said
-        self.show()
-        self.answer(self.sides(Dialogue(self.values["system"], remembered(self.turns())).messages))
+        def keep(): self.history.cut(self.conversation, turn); return self.conversation
+        self.answer(self.sides(Dialogue(self.values["system"], before).messages), keep)
+    def _text(self, arg): return next(o.text for o in self.turns() if o.id==int(arg))
+    def _on_edit(self, arg, value):
+        if self.running: return
+        self.editing = int(arg)
+        self.frame.composer.tell("mark", name="ng-editing", on=True); self.frame.composer.tell("fill", text=self._text(arg))
     def _on_keep(self, arg, value):
         self.editing = None
         self.frame.composer.tell("mark", name="ng-editing", on=False); self.frame.composer.tell("fill", text="")

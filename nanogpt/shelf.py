@@ -18,7 +18,7 @@ import nanogpt
 
 from .checkpoint import checkpoints
 from .core import CheckpointError, ConfigError, DiskError, NanoError, read_json
-from .hub import foreign, hub_name
+from .hub import SHORT, foreign, hub_name
 from .model import GPT, GPTConfig, count
 from .ready import load_ready
 from .template import Template, load_template
@@ -45,13 +45,19 @@ def _made(path):
         if (p/"config.json").exists() and "kind" in (made := read_json(p/"config.json")): return made
     return {}
 
+def _stores():
+    "Where models of the hub lie on this machine: pairs of a folder and its name."
+    if home := os.environ.get("NANOGPT_DATA"): yield from ((p, p.name) for p in sorted(Path(home, "models").glob("*")))
+    cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home()/".cache/huggingface")/"hub"
+    for p in sorted(Path(cache).glob("models--*/snapshots/*")): yield p, p.parts[-3][8:].replace("--", "/")
+
 def _base(path, made):
-    "Where the model that it was tuned from lies now: as far from it as it was, where it was, or on the hub."
+    "Where the model that it was tuned from lies now: as far from it as it was, where it was, or in a store of the hub."
     told = (made.get("settings") or {}).get("init")
     if not told: return None
     moved = path.absolute()/os.path.relpath(told, made["settings"].get("out") or path)
-    found = next((p for p in (moved.resolve(), Path(told)) if p.is_dir() and p.resolve()!=path.resolve()), None)
-    return found or (Path(told) if hub_name(told) else None)
+    stored = (p for p,name in _stores() if name in (told, SHORT.get(told)))
+    return next((p for p in (moved.resolve(), Path(told), *stored) if p.is_dir() and p.resolve()!=path.resolve()), None)
 
 def _whole(folder):
     "The folder, if every file is there with its size (the sums are for who loads it); raises CheckpointError."
@@ -100,8 +106,9 @@ def describe(
     "What a folder says about itself, without its weights: never raises, a bad one says why it is bad."
     path = Path(path)
     name = name or path.as_posix()
-    if not path.exists() and hub_name(path.as_posix()): return Entry(name, path, "hub", note="comes from the hub when it is chosen")
-    try: return Entry(name, path, **_describe(path))
+    try:
+        if path.exists() or not hub_name(path.as_posix()): return Entry(name, path, **_describe(path))
+        return Entry(name, path, "hub", note="comes from the hub when it is chosen")
     except NanoError as e: return Entry(name, path, "bad", note=e.what)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         return Entry(name, path, "bad", note=f"it cannot be read ({type(e).__name__}: {e})")
@@ -119,9 +126,10 @@ _INSIDE,_DEPTH = {"ckpt","model","data","__pycache__","node_modules"},3
 
 def _looks(folder):
     "Whether a folder wants to be a model: no other is called a broken one."
-    if (folder/"ckpt").is_dir() or (folder/"log.jsonl").exists() or any(folder.glob("model*.safetensors*")): return True
-    try: return (folder/"config.json").exists() and bool({"model_type","kind"} & set(read_json(folder/"config.json"))) or foreign(folder)
-    except (NanoError, TypeError, AttributeError): return True
+    try:
+        if (folder/"ckpt").is_dir() or (folder/"log.jsonl").exists() or any(folder.glob("model*.safetensors*")): return True
+        return (folder/"config.json").exists() and bool({"model_type","kind"} & set(read_json(folder/"config.json"))) or foreign(folder)
+    except (NanoError, OSError, TypeError, AttributeError): return True
 
 def _folders(root, depth=_DEPTH):
     "A folder and those below it, but not what is hidden or lies inside a run."
@@ -129,12 +137,6 @@ def _folders(root, depth=_DEPTH):
     try: below = sorted(p for p in root.iterdir() if p.is_dir() and p.name[0]!="." and p.name not in _INSIDE) if depth else ()
     except OSError: below = ()
     for p in below: yield from _folders(p, depth-1)
-
-def _stores():
-    "Where models of the hub lie on this machine: pairs of a folder and its name."
-    if home := os.environ.get("NANOGPT_DATA"): yield from ((p, p.name) for p in sorted(Path(home, "models").glob("*")))
-    cache = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or Path.home()/".cache/huggingface")/"hub"
-    for p in sorted(Path(cache).glob("models--*/snapshots/*")): yield p, p.parts[-3][8:].replace("--", "/")
 
 def find_models(
     roots:Iterable, # folders to search, or names on the hub
@@ -190,7 +192,7 @@ class Shelf:
     def _name(self, path):
         path = path.resolve()
         places = [r for r in (Path(o).resolve() for o in self.roots) if r in path.parents]
-        return path.relative_to(places[0]).as_posix() if places else ""
+        return path.relative_to(places[0]).as_posix() if places else next((name for p,name in _stores() if p.resolve()==path), "")
     def load(
         self,
         path:Path, # of an entry, or whatever load_ready takes
@@ -200,11 +202,11 @@ class Shelf:
         key = path.resolve() if path.exists() else path
         with self._lock:
             entry = describe(path, self._name(path))
+            if entry.kind=="bad": raise CheckpointError(f"{path}: {entry.note}", "choose another model, or make this one again")
             if key in self._held and self._held[key].entry.when!=entry.when: del self._held[key] # trained on meanwhile
             order,gone = touch(list(self._held), key, self.keep)
             for k in gone: del self._held[k]                       # before the new one comes: never more than keep
             if not (found := self._held.pop(key, None)):
-                if entry.kind=="bad": raise CheckpointError(f"{path}: {entry.note}", "choose another model, or make this one again")
                 model,tok = load_ready(path, *self.place)
                 found = Loaded(entry, model, tok, load_template(path, tok))
             self._held[key] = found

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPOILT', 'damage', 'told', 'connect', 'alive', 'aside', 'Store']
 
-# %% ../nbs/18e_store.ipynb #b46589ac
+# %% ../nbs/18e_store.ipynb #a75764ba
+import glob
 import os
 import sqlite3
 import threading
@@ -127,7 +128,7 @@ def _open(path, owner, *how):
     "The same, and the mark that this program holds as long as it runs."
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(path):
-        for o in path.parent.glob(f"{path.name}.*.open"): # marks of programs that were killed
+        for o in path.parent.glob(f"{glob.escape(path.name)}.*.open"): # marks of programs that were killed
             if not alive(path, o.suffixes[-2][1:]): o.unlink(missing_ok=True)
         mark = os.open(_mark(path, owner), os.O_RDWR|os.O_CREAT, 0o600)
         try: _held(mark, wait=True); return *_sound(path, *how), mark

@@ -60,7 +60,8 @@ def budget(
     while at>first and size<=room:                    # what the texts alone are too long for need not be tried
         at -= 1
         size += len(template.tok.encode(messages[at]["content"]))
-    ids,kept = recent(template, [*messages[:first], *messages[at-(at-first)%2:]], room)
+    at -= (at-first)%2                                # a user speaks first
+    ids,kept = recent(template, [*messages[:first], *messages[at:]], room)
     return Budget(ids, kept, len(messages)-len(kept), room, block)
 
 # %% ../nbs/16d_terminal.ipynb #6ddd9ad9

@@ -178,14 +178,14 @@ def _menu(t, card):
     dots = tag("summary", _icon("dots"), aria_label=t("More"))
     return tag("details", dots, tag("div", *(press(act, label, card.id, css) for act,label,css in tools)), css="ng-more")
 
-def _asked(t, card, what):
+def _asked(t, card, what, name):
     "The card while a question about it is open."
     no = lambda label,css="": press("ask_no", label, "", f"{css} ng-line")
     if what=="delete":
         yes = press("delete_yes", t("Delete"), card.id, "ng-delete-yes ng-line ng-danger")
         sure = tag("p", plain(t("Delete this conversation for good?"))) + tag("p", tag("b", plain(card.title)))
         return tag("div", sure, tag("div", yes, no(t("Keep"), "ng-delete-no")), css="ng-card ng-ask", data_arg=card.id, role="alertdialog")
-    box = tag("input", name="title", maxlength=120, autofocus=True, aria_label=t("Title"), value=card.title)
+    box = tag("input", name="title", maxlength=120, autofocus=True, aria_label=t("Title"), value=name, placeholder=card.title)
     yes = tag("button", plain(t("Rename")), css="ng-press ng-line")
     return tag("form", box, tag("div", yes, no(t("Cancel"))), css="ng-card ng-ask", data_arg=card.id, data_do="rename_yes")
 
@@ -195,14 +195,14 @@ def cards_html(
     cards:list,    # Cards of the history, the newest first
     now:float,     # seconds since 1970
     opened:int|None=None, # which is open
-    asking:tuple=(None, ""), # which card has a question open, and which: rename or delete
+    asking:tuple=(None, "", ""), # which card has a question open, which (rename or delete), and its own name
 )->str:
     "The list of conversations, by day."
     out,last = "",None
     for c in cards:
         day = _day(t, time.localtime(now), time.localtime(c.updated))
         if day!=last: out,last = out+tag("h3", plain(day), css="ng-day"),day
-        if c.id==asking[0]: out += _asked(t, c, asking[1]); continue
+        if c.id==asking[0]: out += _asked(t, c, *asking[1:]); continue
         button = tag("button", plain(c.title), type="button", css="ng-open", data_do="open", data_arg=c.id, data_close=1, title=c.title)
         out += tag("div", button, _menu(t, c), css="ng-card", data_arg=c.id, aria_current="true" if c.id==opened else None)
     return out or tag("p", plain(t("No conversations yet.")), css="ng-quiet")

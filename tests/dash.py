@@ -15,9 +15,10 @@ class Server:
     "`nanogpt chat` in a process of its own, with folders of its own, on a port that was free."
     def __init__(self, runs, home, *more, **env):
         words = ("chat", "--no_open", "--port", 0, "--runs", runs, "--history", home/"chat.db", *more)
-        own = dict(XDG_DATA_HOME=str(home/"data"), XDG_CONFIG_HOME=str(home/"config"), XDG_CACHE_HOME=str(home/"cache"), HOME=str(home)) | env
+        own = {f"XDG_{k}_HOME": str(home/k.lower()) for k in ("DATA", "CONFIG", "CACHE")} | dict(HOME=str(home))
         self.lines, self.url = [], ""
-        self.child = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", env=environment(**own))
+        self.child = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+                                      env=environment(**own, **env))
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.found = threading.Event()
         self.reader.start()
@@ -52,17 +53,27 @@ def chrome():
         try: yield at
         finally: at.close()
 
+RAN = "window.__ran = []; for (const f of ['alert', 'confirm', 'prompt', 'print']) window[f] = x => { __ran.push(f + ' ' + x) }"
+COULD_RUN = """() => [...__ran, ...[...document.querySelectorAll('.ng-app *')].flatMap(e => [...e.attributes]
+      .filter(a => a.name.startsWith('on') || ['href', 'src', 'action', 'formaction'].includes(a.name) && /^\\s*(java|vb)script:|^data:text/i.test(a.value))
+      .map(a => e.tagName + ' ' + a.name + '=' + a.value)),
+    ...[...document.querySelectorAll('.ng-app :is(script, iframe, object, embed, base, meta, link, form[action], .ng-text style, .ng-text img)')]
+      .map(e => e.outerHTML)]"""
+
 class Visitor:
     "Somebody with a browser of their own: what they do, what they see, and what their browser did behind their back."
     def __init__(self, chrome, url, width=1280, height=860, **more):
         self.url, self.context = url, chrome.new_context(viewport=dict(width=width, height=height), accept_downloads=True, **more)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url.rstrip("/"))
-        self.context.set_default_timeout(40_000)                       # the machine may be busy with other tests
+        self.context.set_default_timeout(20_000)                       # the machine may be busy with other tests
         self.asked, self.errors, self.dialogs, self.bytes = [], [], [], 0
         self.page = self.context.new_page()
-        for event, f in dict(request=lambda r: self.asked.append(r.url), pageerror=lambda e: self.errors.append(str(e)), console=self._console,
-                             dialog=self._dialog, websocket=self._socket).items(): self.page.on(event, f)
-        self.page.add_init_script("window.__ran = []; for (const f of ['alert', 'confirm', 'prompt', 'print']) window[f] = x => { __ran.push(f + ' ' + x) }")
+        self.page.on("request", lambda r: self.asked.append(r.url))
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("console", self._console)
+        self.page.on("dialog", self._dialog)
+        self.page.on("websocket", self._socket)
+        self.page.add_init_script(RAN)
     def _console(self, m):
         if m.type=="error": self.errors.append(m.text)
     def _dialog(self, d): self.dialogs.append(d.message); d.dismiss()
@@ -74,7 +85,7 @@ class Visitor:
         "Open the page, and wait until one can type."
         self.page.goto(self.url)
         self.one(".ng-input").wait_for()
-        self.page.wait_for_function("() => !document.querySelector('.ng-waking') && document.querySelector('.ng-starter, .ng-turn, .ng-demo')")
+        self.shows("() => !document.querySelector('.ng-waking') && document.querySelector('.ng-starter, .ng-turn, .ng-demo')")
         return self
     def one(self, at): return self.page.locator(at).first
     def all(self, at): return self.page.locator(at)
@@ -84,7 +95,6 @@ class Visitor:
         self.page.locator(".ng-model select").select_option(index=next(k for k, o in enumerate(self.models()) if name in o))
         self.shows("""name => document.querySelector('.ng-model select').selectedOptions[0].label.replaceAll('\\xa0', ' ').includes(name)
             && !document.querySelector('.ng-waking, .ng-loading')""", name)
-        self.page.wait_for_timeout(500) # TODO
     def models(self): return [o.replace("\xa0", " ") for o in self.page.locator(".ng-model select option").all_text_contents()]
     def type(self, text):
         self.one(".ng-input").fill(text)
@@ -109,8 +119,9 @@ class Visitor:
     def questions(self): return [o.strip() for o in self.all(".ng-user .ng-text").all_inner_texts()]
     def titles(self): return [o.strip() for o in self.all(".ng-card .ng-open").all_text_contents()]
     def settings(self, shown=True):
-        "Open, or close, the drawer with the knobs."
-        if self.page.evaluate("() => document.querySelector('.ng-app').classList.contains('ng-show-right')")!=shown: self.one(".ng-gear").click()
+        "Open, or close, the drawer with the knobs; on a phone it covers its own button."
+        if self.page.evaluate("() => document.querySelector('.ng-app').classList.contains('ng-show-right')")==shown: return
+        self.one(".ng-gear" if shown else ".ng-shut").click()
     def look_away(self):
         "Close the panel of tokens or attention."
         self.one(".ng-peek-close").click()
@@ -122,14 +133,11 @@ class Visitor:
             self.page.screenshot(path=Path(folder)/f"{name}.png")
     def scripts(self):
         "What ran that should not have run, or could."
-        js = """() => [...__ran, ...[...document.querySelectorAll('.ng-app *')].flatMap(e => [...e.attributes].filter(a =>
-                a.name.startsWith('on') || /^(java|vb)script:|^data:text/i.test(a.value.trim()) && ['href','src','action','formaction'].includes(a.name))
-                .map(a => e.tagName + ' ' + a.name + '=' + a.value)),
-                ...[...document.querySelectorAll('.ng-app :is(script, iframe, object, embed, base, meta, link, form[action], .ng-text style, .ng-text img)')].map(e => e.outerHTML)]"""
-        return self.page.evaluate(js)+self.dialogs
+        return self.page.evaluate(COULD_RUN)+self.dialogs
     def strangers(self):
         "Addresses elsewhere that the browser asked for."
-        return [o for o in self.asked if urlsplit(o).scheme not in ("data", "blob", "about") and urlsplit(o).netloc!=urlsplit(self.url).netloc]
+        away = lambda o: o.scheme not in ("data", "blob", "about") and o.netloc!=urlsplit(self.url).netloc
+        return [o for o in self.asked if away(urlsplit(o))]
     def quiet(self):
         "No error, no script, no request to anywhere else."
         assert self.errors==[] and self.scripts()==[] and self.strangers()==[], (self.errors, self.scripts(), self.strangers())

@@ -11,10 +11,9 @@ from parrot import save_speaker, tokenizer
 from nanogpt.clean import visible
 from nanogpt.history import History
 
-TUNED, BASE, SLOW = "The tuned cat says **hello** to you, and wishes everybody well.", "The base cat says nothing at all.", "One two three four five. "
-SAID = TUNED.replace("*", "")
-SHORT = {k: s[:300] for k, s in HOSTILE.items()}                   # long enough to do harm
-TEXTS = [s.encode("utf-8", "replace").decode() for s in SHORT.values()]
+TUNED, BASE = "The tuned cat says **hello** to you, and wishes everybody well.", "The base cat says nothing at all."
+SAID, SLOW = TUNED.replace("*", ""), "One two three four five. "
+TEXTS = [s[:300].encode("utf-8", "replace").decode() for s in HOSTILE.values()] # long enough to do harm
 PARTS = [TEXTS[i::3] for i in range(3)]                            # of one answer each
 NAMES = [s for s in HOSTILE.values() if "/" not in s and "\0" not in s and s.isprintable() and s.strip(". ") and len(s.encode())<200]
 PAD = "cat "*60                                                    # an answer begins somewhere in here
@@ -29,6 +28,7 @@ def models(tmp_path_factory):
     bad = home/"<img src=x onerror=alert(1)>"
     bad.mkdir()
     (bad/"config.json").write_text('{"kind": "<img src=x onerror=window.taken=1>"') # torn
+    save_speaker(home/"quick", tok, SLOW, end=False, loop=True)
     save_speaker(home/"slow", tok, SLOW, end=False, layers=8, loop=True)
     save_speaker(home/"base", tok, BASE)
     save_speaker(home/"tuned", tok, TUNED, base=home/"base")
@@ -146,7 +146,7 @@ def test_before_and_after(server, browser):
         assert said.pop("")==SAID and list(said.values())==[BASE]
         v.shot("7-compare")
 
-def test_history_stays(server, browser):
+def test_history_stays(server, browser, models):
     "Ask, reload, find it by a word, name it, take it home, delete it: then it is gone."
     with Visitor(browser, server.url) as v:
         v.open()
@@ -186,8 +186,16 @@ def test_history_stays(server, browser):
         v.one(f"{card} .ng-delete").click()
         v.one(".ng-delete-yes").click()
         v.shows("() => ![...document.querySelectorAll('.ng-open')].some(o => o.textContent.includes('A bird'))")
-        v.open()
-        assert not any("bird" in o for o in v.titles()) and any("鹈鹕" in o for o in v.titles())
+        assert all("bird" not in o.title for o in kept(models)) and any("鹈鹕" in o.title for o in kept(models))
+
+def kept(models):
+    "What the file says, read by another program."
+    history = History(models.parent/"chat.db")
+    try: return history.cards()
+    finally: history.close()
+
+FOCUS = """() => { const e = document.activeElement, s = getComputedStyle(e)
+    return [e.className, e.ariaLabel || e.innerText || e.title || '', s.outlineStyle != 'none' || s.boxShadow != 'none'] }"""
 
 def test_by_keyboard_alone(server, browser):
     "No mouse: type, a new line, send, stop, reach a button by Tab and see where one is."
@@ -209,22 +217,24 @@ def test_by_keyboard_alone(server, browser):
         seen = []
         for _ in range(40):
             keys.press("Shift+Tab")
-            seen.append(v.page.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e)
-                return [e.className, e.ariaLabel || e.innerText || e.title || e.labels?.[0]?.innerText || '', s.outlineStyle != 'none' || s.boxShadow != 'none'] }"""))
+            seen.append(v.page.evaluate(FOCUS))
             if "ng-copy" in seen[-1][0]: break
         else: raise AssertionError(seen)
         assert all(ring for name, _, ring in seen if name) and all(label.strip() for name, label, _ in seen if "ng-press" in name), seen
         keys.press("Enter")
         v.shows("() => navigator.clipboard.readText().then(o => o.includes('two three'))")
 
-NARROW = """() => { const w = document.documentElement.clientWidth
-    return [document.documentElement.scrollWidth - w, ...[...document.querySelectorAll('.ng-main *')].filter(e => { const r = e.getBoundingClientRect()
-        return r.width && r.height && r.right > w + 1 && !e.closest('pre, table, .ng-sr, .ng-looked, .ng-side') }).map(e => e.className || e.tagName)] }"""
-LIGHT = """at => { const c = getComputedStyle(document.querySelector(at)), n = s => { const [r, g, b] = s.match(/[\\d.]+/g).map(x => x/255).map(x => x <= .03928 ? x/12.92 : ((x+.055)/1.055)**2.4)
-    return .2126*r + .7152*g + .0722*b }
-    let e = document.querySelector(at), back = 'rgba(0, 0, 0, 0)'
-    while (e && /, 0\\)|transparent/.test(back)) { back = getComputedStyle(e).backgroundColor; e = e.parentElement }
-    const [a, b] = [n(c.color), n(back)].sort((x, y) => y - x); return [n(back), (a + .05)/(b + .05)] }"""
+NARROW = """() => { const w = document.documentElement.clientWidth, ways = 'pre, table, .ng-sr, .ng-looked, .ng-side'
+    const out = e => { const r = e.getBoundingClientRect(); return r.width && r.height && r.right > w + 1 && !e.closest(ways) }
+    return [document.documentElement.scrollWidth - w, ...[...document.querySelectorAll('.ng-main *')].filter(out).map(e => e.className || e.tagName)] }"""
+LIGHT = """at => {                          // how light the ground under a text is, and how far its letters stand out (WCAG 2.1, 1.4.3)
+    const line = x => x <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4
+    const light = s => { const [r, g, b] = s.match(/[\\d.]+/g).map(x => line(x/255)); return .2126*r + .7152*g + .0722*b }
+    const ink = light(getComputedStyle(document.querySelector(at)).color)
+    let e = document.querySelector(at), under = 'rgba(0, 0, 0, 0)'
+    for (; e && /, 0\\)|transparent/.test(under); e = e.parentElement) under = getComputedStyle(e).backgroundColor
+    const paper = light(under), [a, b] = [ink, paper].sort((x, y) => y - x)
+    return [paper, (a + .05)/(b + .05)] }"""
 
 def test_phone_dark_and_chinese(server, browser):
     "A narrow screen without sideways scrolling, a dark one with enough contrast, and every word in Chinese."
@@ -247,10 +257,12 @@ def test_phone_dark_and_chinese(server, browser):
         v.settings()
         v.shot("11-phone-knobs-zh")
         text = v.one(".ng-right").inner_text()
-        assert len(re.findall(r"[\u4e00-\u9fff]", text))>150 and not re.findall(r"\b[a-z]+ [a-z]+ [a-z]+\b", text), text # no English sentence is left
-        v.page.locator(".ng-language select").select_option(label="English")
+        assert len(re.findall(r"[\u4e00-\u9fff]", text))>150
+        assert not re.findall(r"\b[a-z]+ [a-z]+ [a-z]+\b", text), text             # no English sentence is left
+        v.settings(False)
+        v.one(".ng-menu").click()
+        v.one(".ng-language").select_option("en")
         v.shows("() => document.documentElement.lang == 'en'")
-        assert "Temperature" in v.one(".ng-right").inner_text()
         v.one(".ng-theme").click()
         v.shows("() => document.documentElement.dataset.theme == 'light'")
         assert v.page.evaluate(LIGHT, ".ng-answer .ng-text")[0]>.8
@@ -271,10 +283,16 @@ def test_hostile_strings_stay_letters(server, browser, models):
             v.pick(f"parrot{k}")
             v.one(".ng-new").click()
             v.shows("() => !document.querySelector('.ng-turn')")
-            said = v.ask("\n".join(part)[:6000])
-            assert len(said)>1000 and not taken(v.page) and v.scripts()==[], k
+            said = v.ask("Go")
+            assert len(said)>2000 and not taken(v.page) and v.scripts()==[], (k, len(said))
+            v.type("\n".join(part))
+            v.shows("() => document.querySelectorAll('.ng-user').length == 2")
+            v.page.keyboard.press("Escape")
+            v.finished(2)
+            assert not taken(v.page) and v.scripts()==[], k
+            seen = sum(visible(o).split()[0][:20] in v.questions()[-1] for o in part if o.split())
+            assert seen>.8*len(part), (k, seen, len(part))                           # all is there to be read
         v.shot("13-hostile")
-        assert sum(visible(s).split()[0][:12] in v.page.content() for s in TEXTS if visible(s).split())>0
         assert len(v.titles())>=len(HOSTILE)-5
         for name in ("picture", "an attribute more", "HTML in Markdown", "up and out", "two endings"):
             card = v.page.locator(".ng-card").filter(has_text=visible(HOSTILE[name])[:12]).first
@@ -292,7 +310,7 @@ def test_a_thousand_tokens_are_few_bytes(server, browser):
     "What streams to the browser, counted frame by frame, and the memory of the Python behind the page."
     with Visitor(browser, server.url) as v:
         v.open()
-        v.pick("slow")
+        v.pick("quick")
         v.settings()
         number(v, "max_tokens", "1000")
         v.page.wait_for_timeout(300)

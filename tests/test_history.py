@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from mini import environment
 
 from nanogpt.core import ConfigError, DataError, DiskError, NanoError
-from nanogpt.history import History, Keeper, history_path
+from nanogpt.history import History, Keeper, history_path, open_history
 from nanogpt.turns import INTERRUPTED, RUNNING
 
 ODD = ["", " ", "a\x00b", "\ud83d half", "line\rline\u2028line", "```\nopen", "# heading\n\n> quote", "x"*200_000]
@@ -100,6 +100,16 @@ def test_an_answer_of_a_living_program_is_not_interrupted(tmp_path, child):
         assert [(o.id, o.text, o.reason) for o in h.turns(k)]==[(turn, "half an", INTERRUPTED)]
     kept(path)
     assert not list(tmp_path.glob("*.open")), "no mark of a dead program is left"
+
+def test_interrupted_is_said_where_nothing_can_be_written(tmp_path, child):
+    "With a full or read-only disk the history is read as ever, and a dead answer is called one."
+    path = tmp_path/"chat.db"
+    with closing(History(path)) as h:
+        p = child("t = h.add(h.new(), 'assistant', 'half', reason='running'); print(t, flush=True); time.sleep(60)", path)
+        p.stdout.readline(); p.kill(); p.wait()
+        h.read("PRAGMA query_only=ON")
+        for _ in range(2): assert [(o.text, o.reason) for o in h.turns(h.cards()[0].id)]==[("half", INTERRUPTED)]
+        with pytest.raises(DiskError): h.new()
 
 def test_the_same_while_it_is_stopped(tmp_path, child):
     "A program that the system holds still is not dead."
@@ -244,12 +254,13 @@ def test_no_room_to_begin(disk):
     with closing(History(disk/"chat.db")) as h: assert not h.moved and h.add(h.new(), "user", "x")
 
 def test_a_read_only_disk(disk):
-    "Refused with a fix, at the opening and, when it becomes read-only later, at the writing; reading goes on."
+    "Refused with a fix, and a page goes on in memory; what was kept is untouched."
     with closing(History(disk/"chat.db")) as h:
         k = h.new(); h.add(k, "user", "x")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(DiskError) as e: History(disk/"chat.db")
     assert "writable" in e.value.fix and "chat.db" in e.value.what
+    with closing(open_history(disk/"chat.db")[0]) as h: assert h.add(h.new(), "user", "y") and h.notice()
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     assert len(kept(disk/"chat.db"))==1
 

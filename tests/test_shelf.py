@@ -137,6 +137,17 @@ def test_looking_changes_nothing(home):
     assert tree(home)==before
     assert Shelf([home]).load(home/"stopped").model is not None and tree(home)!=before # the one before it is whole
 
+def test_a_folder_that_may_not_be_read(home, monkeypatch):
+    "Not even for an error of the system, whoever runs the tests."
+    (home/"locked").mkdir()
+    real = Path.exists
+    def exists(path, **more):
+        if "locked" in path.parts: raise PermissionError(13, "Permission denied")
+        return real(path, **more)
+    monkeypatch.setattr(Path, "exists", exists)
+    found = find_models([home])
+    assert [(e.name, e.kind) for e in found][1:]==[("a/base", "run"), ("locked", "bad")] and "PermissionError" in found[-1].note
+
 def test_what_is_no_model_is_not_listed(home):
     (home/"web").mkdir()
     write_json(home/"web/config.json", dict(theme="dark"))
@@ -158,6 +169,10 @@ def test_names_of_the_hub(home, monkeypatch, tmp_path_factory):
     (store/"models--an--other/snapshots/abc").mkdir(parents=True)
     write_json(store/"models--an--other/snapshots/abc/config.json", dict(model_type="bert"))
     assert [e.name for e in find_models([home], hub=True)]==["a/tuned", "some/body", "a/base"]
+    write_run(home/"own", "SFTConfig", init="some/body")
+    write_run(home/"lost", "SFTConfig", init="some/where")
+    shelf = Shelf([home])
+    assert shelf.base(shelf.load(home/"own")).entry.name=="some/body" and describe(home/"lost").base is None
     asked = find_models(["gpt2"])
     assert [(e.name, e.kind) for e in asked]==[("gpt2", "hub")] and "hub" in asked[0].note
 
@@ -211,51 +226,29 @@ from nanogpt.shelf import Shelf
 def private(): return sum(int(o.split()[1])*1024 for o in open("/proc/self/smaps_rollup") if o.startswith("Private_Dirty"))
 paths, dtype, leak = sorted(Path(sys.argv[1]).iterdir()), sys.argv[2], []
 shelf = Shelf([sys.argv[1]], keep=2, dtype=dtype)
-for k in range(30):
-    one = shelf.load(paths[k%3])
-    if len(sys.argv)>3: leak.append(one)
-    with torch.inference_mode(): one.model(torch.tensor([[1, 2, 3]]))
-    del one
-    if k==9: before = private()
-print(private()-before)
+def switch(times, keep=lambda one: None):
+    before = private()
+    for k in range(times):
+        one = shelf.load(paths[k%3])
+        keep(one)
+        with torch.inference_mode(): one.model(torch.tensor([[1, 2, 3]]))
+        del one
+    return private()-before
+switch(9)
+print(switch(21), switch(21, leak.append))
 """
 
 @linux
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_memory_does_not_grow(tmp_path, env, dtype):
-    "The memory of its own after thirty switches is that after ten; a leak of the models in 16 bits would show."
+    "After thirty switches a process has no more memory of its own than after nine; a leak of models in 16 bits shows."
     paths = [write_run(tmp_path/str(k), seed=k, n_embd=256, n_layer=4) for k in range(3)]
     size = (paths[0]/"model/model.safetensors").stat().st_size
-    def grown(*more):
-        words = [sys.executable, "-c", SWITCH, str(tmp_path), dtype, *more]
-        r = subprocess.run(words, env=env|dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200, check=True)
-        return int(r.stdout)
-    assert grown()<size/4
-    if dtype=="bfloat16": assert grown("leak")>20*size/4 # the control: twenty more in half the bytes, and a good part of that
-
-LIGHT = """
-import sys
-from pathlib import Path
-from nanogpt.knobs import SampleConfig
-from nanogpt.live import Job, Part
-from nanogpt.shelf import Shelf
-done = []
-one = Shelf([sys.argv[1]]).load(sys.argv[1])
-job = Job([Part(one.model, one.tok, one.template.prompt([dict(role="user", content="the cat")]), SampleConfig(max_tokens=40))],
-          lambda *o: None, lambda *o: done.append(o), print).start()
-job.thread.join()
-assert done
-own = sum(int(o.split()[1])*1024 for o in open("/proc/self/smaps_rollup") if o.startswith("Private_"))
-print(own, *(o for o in ("datasets", "pandas", "pyarrow", "matplotlib", "transformers", "IPython", "torch._inductor") if o in sys.modules))
-"""
-
-@linux
-def test_an_answer_needs_little_memory_and_no_heavy_library(home, env):
-    "A kernel of the dashboard may take 450 MB of its own; without widgets and page it must be well below."
-    words = [sys.executable, "-c", LIGHT, str(home/"a/tuned")]
+    words = [sys.executable, "-c", SWITCH, str(tmp_path), dtype]
     r = subprocess.run(words, env=env|dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=200, check=True)
-    own, *heavy = r.stdout.split()
-    assert heavy==[] and 50e6<int(own)<300e6, r.stdout
+    kept, leaked = map(int, r.stdout.split())
+    assert kept<size/4
+    if dtype=="bfloat16": assert leaked>19*size/4 # the control: twenty-one in half the bytes, and a good part of that
 
 def test_the_last_asked_for_stays(home):
     write_run(home/"c", seed=3)
@@ -289,8 +282,9 @@ def test_many_threads_load_once(home, monkeypatch):
 def test_a_model_that_cannot_be_loaded_takes_nobody_with_it(home):
     shelf = Shelf([home], keep=2)
     one = shelf.load(home/"a/tuned")
-    with pytest.raises(CheckpointError): shelf.load(home/"nowhere")
-    assert shelf.load(home/"a/tuned") is one
+    two = shelf.load(home/"a/base")
+    with pytest.raises(CheckpointError, match="no such folder"): shelf.load(home/"nowhere")
+    assert shelf.load(home/"a/tuned") is one and shelf.load(home/"a/base") is two
 
 def test_the_form_of_the_run_is_used(home):
     Template(TOK, "alpaca").save(home/"a/tuned")
