@@ -594,6 +594,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanogpt.host._Granting.start_kernel': ('host.html#_granting.start_kernel', 'nanogpt/host.py'),
                               'nanogpt.host._Page': ('host.html#_page', 'nanogpt/host.py'),
                               'nanogpt.host._Page._busy': ('host.html#_page._busy', 'nanogpt/host.py'),
+                              'nanogpt.host._Page._give': ('host.html#_page._give', 'nanogpt/host.py'),
                               'nanogpt.host._Page._room': ('host.html#_page._room', 'nanogpt/host.py'),
                               'nanogpt.host._Page.get': ('host.html#_page.get', 'nanogpt/host.py'),
                               'nanogpt.host._Page.kernel_manager': ('host.html#_page.kernel_manager', 'nanogpt/host.py'),
