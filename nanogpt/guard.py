@@ -7,7 +7,9 @@ __all__ = ['POLICY', 'PAGE', 'FORM', 'PAGES', 'headers', 'plain_page', 'sender',
 
 # %% ../nbs/19k_guard.ipynb #19e00003
 import asyncio
+import ipaddress
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 
 from tornado.web import Application, RequestHandler, decode_signed_value
@@ -62,6 +64,8 @@ def sender(
     address = headers.get("X-Forwarded-For", "").split(",")[-1].strip() or peer
     seen = headers.get("X-Forwarded-Proto", "").split(",")[-1].strip() or scheme
     # step 3: only what can be meant
+    try: ipaddress.ip_address(address)
+    except ValueError: address = peer
     return address, seen if seen in ("http", "https") else scheme
 
 # %% ../nbs/19k_guard.ipynb #19f0000f
@@ -74,7 +78,8 @@ class House:
     ):
         self.cfg,self.kept,self.headers,self.secret = cfg,kept,headers(cfg.frames),secrets.token_bytes(32)
         self.door = Door(cfg.names, bool(kept), bool(cfg.frames))
-        self.cookie,self.starting,self.checked,self.tries,self.everyone = f"nanogpt-{cfg.port}",0,0,Lockout(),Lockout(100)
+        self.checker = ThreadPoolExecutor(1) # one check at a time: each takes 64 MiB and a whole core
+        self.cookie,self.starting,self.checked,self.tries,self.everyone = f"nanogpt-{cfg.port}",set(),0,Lockout(),Lockout(100)
     def visitor(
         self,
         request, # of Tornado
@@ -144,7 +149,7 @@ class _SignIn(RequestHandler):
         house,who = self.settings["house"],neighbourhood(self.request.remote_ip or "")
         if (shut := house.tries.admit(who) or house.everyone.admit("")) or not house.kept: return self._shut(who, shut)
         house.checked += 1
-        right = await asyncio.get_running_loop().run_in_executor(None, matches, house.kept, self.get_body_argument("password", ""))
+        right = await asyncio.get_running_loop().run_in_executor(house.checker, matches, house.kept, self.get_body_argument("password", ""))
         say(f"sign-in from {who}: {'right' if right else 'wrong'} password ({house.checked} checked so far)")
         if not right:
             await asyncio.sleep(house.tries.pause(who))

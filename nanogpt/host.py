@@ -65,40 +65,45 @@ def spare(
 # %% ../nbs/19l_host.ipynb #19f00014
 class _Granting:
     "The kernels, as one visitor sees them: whatever is started for them or handed to them is theirs from that moment."
-    def __init__(self, kernels, owners, visitor): self.kernels,self.owners,self.visitor = kernels,owners,visitor
+    def __init__(self, kernels, give): self.kernels,self.give = kernels,give
     def __getattr__(self, name): return getattr(self.kernels, name)
     async def start_kernel(self, **how):
         kernel = await self.kernels.start_kernel(**how)
-        self.owners[kernel] = self.visitor
+        self.give(kernel)
         return kernel
     async def get_rendered_notebook(self, notebook_name, **_): # the address of this visitor is nothing for the next one's kernel
         task,parts,kernel = await self.kernels.get_rendered_notebook(notebook_name=notebook_name)
-        self.owners[kernel] = self.visitor
+        self.give(kernel)
         return task,parts,kernel
 
 class _Page(TornadoVoilaHandler):
     @property
-    def kernel_manager(self): return _Granting(self.settings["kernel_manager"], self.settings["house"].door.owners, self.request.visitor)
+    def kernel_manager(self): return _Granting(self.settings["kernel_manager"], self._give)
+    def _give(self, kernel):
+        house = self.settings["house"]
+        house.door.owners[kernel] = self.request.visitor
+        house.starting.discard(self)                        # from now on the kernel itself counts
     async def get(self, path=None):
         house = self.settings["house"]
-        if not await self._room(house.door.owners, house.cfg.visitors-house.starting): return self._busy(house.cfg.visitors)
+        if not await self._room(house): return self._busy(house.cfg.visitors)
         if self.request.visitor is None: self.request.visitor = house.welcome(self)
-        house.starting += 1
+        house.starting.add(self)
         try: await super().get()
         finally:
-            house.starting -= 1
+            house.starting.discard(self)
             RequestInfoSocketHandler._cache.clear() # Voilà would keep every visitor's address for ever
-    async def _room(self, owners, most):
+    async def _room(self, house):
         "Whether there is room for one more, after kernels that ended and, if need be, spare ones are gone."
-        kernels = self.settings["kernel_manager"]
-        for k in set(owners)-set(kernels.list_kernel_ids()): del owners[k]
+        kernels,owners = self.settings["kernel_manager"],house.door.owners
         def state(k):
             o = kernels.kernel_model(k)
             return k,owners[k],o["connections"],time.time()-datetime.fromisoformat(o["last_activity"].replace("Z", "+00:00")).timestamp()
-        while len(owners)>=most and (k := spare([state(k) for k in owners], self.request.visitor)):
+        while True:
+            for k in set(owners)-set(kernels.list_kernel_ids()): del owners[k]
+            if len(owners)+len(house.starting)<house.cfg.visitors: return True
+            if (k := spare([state(k) for k in owners], self.request.visitor)) is None: return False
             del owners[k]
             await kernels.shutdown_kernel(k, now=True)
-        return len(owners)<most
     def _busy(self, most):
         self.set_status(503)
         self.set_header("Retry-After", "20")

@@ -140,7 +140,6 @@ class Talks:
         self.frame.log.show({} if turns else {"empty": self.empty()})
         for o in exchanges(turns): self.group(o)
         self.cards()
-    def _busy(self, running): self.running = running; self.frame.composer.tell("mark", name="ng-busy", on=bool(running))
     def leave(self):
         "An answer that nobody waits for is stopped, what it has said is kept; an edit is given up."
         if self.running: self.running.job.stop(); self._busy(None)
@@ -158,7 +157,6 @@ class Talks:
         "Put knobs somewhere else."
         self.values |= values
         self.frame.panel.turn(self.values)
-    def _on_search(self, arg, value): self.cards()
 
 # %% ../nbs/19i_session.ipynb #c863d3d9
 @dataclass
@@ -202,6 +200,7 @@ class Asking(Talks):
             self.history.add(k, "user", text)
             return k
         self.answer(self.sides(d.messages), keep)
+    def _busy(self, running): self.running = running; self.frame.composer.tell("mark", name="ng-busy", on=bool(running))
     def answer(
         self,
         sides:list,    # (name, Loaded, Budget)
@@ -216,11 +215,11 @@ class Asking(Talks):
             kept = [Keeper(self.history, conversation, **about(k, name)) for k,(name,_,_) in enumerate(sides)]
         self.conversation,r = conversation,Running(conversation, kept, sides, cfg, None, [""]*n, [1]*n)
         if self.editing: self._on_keep("", "")
-        self._busy(r)
-        self.show()
         calls = (partial(self.safely, f, r) for f in (self._grown, self._ended, self._failed))
         r.job = Job([Part(o.model, o.tok, sent.ids, cfg) for _,o,sent in sides], *calls)
-        r.job.start()
+        self._busy(r)
+        try: self.show(); r.job.start()
+        except BaseException: [o.done("error") for o in kept]; self._busy(None); raise
 
 # %% ../nbs/19i_session.ipynb #2badb72a
 class Session(Asking):
@@ -251,6 +250,7 @@ class Session(Asking):
         for o in r.kept:
             if o.problem and r.conversation not in self.gone: self.alert(o.problem)
         self.cards()
+    def _on_search(self, arg, value): self.cards()
     def _on_send(self, arg, value):
         try:
             if not self.loaded: raise ConfigError("no model is loaded yet", "wait a moment, or choose one above")

@@ -16,7 +16,7 @@ import anywidget
 import ipywidgets as w
 from traitlets import Dict, Unicode
 
-from .clean import markdown, plain
+from .clean import markdown, plain, title
 from .dialogue import CONTROLS, idle
 
 # %% ../nbs/19h_widgets.ipynb #ccf18100
@@ -203,7 +203,8 @@ def cards_html(
         day = _day(t, time.localtime(now), time.localtime(c.updated))
         if day!=last: out,last = out+tag("h3", plain(day), css="ng-day"),day
         if c.id==asking[0]: out += _asked(t, c, *asking[1:]); continue
-        button = tag("button", plain(c.title), type="button", css="ng-open", data_do="open", data_arg=c.id, data_close=1, title=c.title)
+        about = dict(type="button", css="ng-open", data_do="open", data_arg=c.id, data_close=1, title=c.title)
+        button = tag("button", plain(title(c.title) or t("Untitled")), **about)
         out += tag("div", button, _menu(t, c), css="ng-card", data_arg=c.id, aria_current="true" if c.id==opened else None)
     return out or tag("p", plain(t("No conversations yet.")), css="ng-quiet")
 
@@ -227,10 +228,10 @@ def homeless_html(
     "A page without a model: what is missing, and a button that makes one."
     button = press("demo", t("Train a small model now"), "", "ng-demo ng-main-act")
     if running: button = press("demo_stop", t("Stop training"), "", "ng-line")
-    title = t("A small model is being trained …") if running else t("There is no trained model yet")
+    what = t("A small model is being trained …") if running else t("There is no trained model yet")
     how = t("The demo trains one from nothing on this machine: a few minutes, without network.")
     log = tag("div", "<br>".join(map(plain, lines)), css="ng-demo-log", role="log") if lines else ""
-    return tag("div", tag("h1", plain(title)), tag("p", plain(how)), button, log, *(tag("p", plain(o)) for o in bad), css="ng-empty")
+    return tag("div", tag("h1", plain(what)), tag("p", plain(how)), button, log, *(tag("p", plain(o)) for o in bad), css="ng-empty")
 
 # %% ../nbs/19h_widgets.ipynb #e08bb819
 def note_html(

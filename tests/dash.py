@@ -54,11 +54,13 @@ def chrome():
         finally: at.close()
 
 RAN = "window.__ran = []; for (const f of ['alert', 'confirm', 'prompt', 'print']) window[f] = x => { __ran.push(f + ' ' + x) }"
-COULD_RUN = """() => [...__ran, ...[...document.querySelectorAll('.ng-app *')].flatMap(e => [...e.attributes]
-      .filter(a => a.name.startsWith('on') || ['href', 'src', 'action', 'formaction'].includes(a.name) && /^\\s*(java|vb)script:|^data:text/i.test(a.value))
-      .map(a => e.tagName + ' ' + a.name + '=' + a.value)),
-    ...[...document.querySelectorAll('.ng-app :is(script, iframe, object, embed, base, meta, link, form[action], .ng-text style, .ng-text img)')]
-      .map(e => e.outerHTML)]"""
+COULD_RUN = """() => {
+    const links = ['href', 'src', 'action', 'formaction']
+    const acts = a => a.name.startsWith('on') || links.includes(a.name) && /^\\s*(java|vb)script:|^data:text/i.test(a.value)
+    const bad = 'script, iframe, object, embed, base, meta, link, form[action], .ng-text style, .ng-text img'
+    const named = e => [...e.attributes].filter(acts).map(a => e.tagName + ' ' + a.name + '=' + a.value)
+    const found = [...document.querySelectorAll('.ng-app *')].flatMap(named)
+    return [...__ran, ...found, ...[...document.querySelectorAll(`.ng-app :is(${bad})`)].map(e => e.outerHTML)] }"""
 
 class Visitor:
     "Somebody with a browser of their own: what they do, what they see, and what their browser did behind their back."

@@ -55,6 +55,18 @@ def test_hostile_strings_do_run_where_nobody_cleans(browser):
     page.close()
     assert len(ran)>=12, ran
 
+def test_what_a_visitor_would_notice(browser):
+    "The other control: a page that errs, calls away, runs a script in an attribute and is too wide is not called quiet."
+    v = Visitor(browser, "http://127.0.0.1:9/")
+    v.page.goto("about:blank")
+    v.page.set_content("<div class='ng-app ng-main' style='width:3000px'><img src='http://hostile.example/x.png' onload='1'><b>x</b></div>"
+                       "<script>console.error('bad'); alert(1); throw new Error('worse')</script>")
+    v.shows("() => __ran.length")
+    assert "http://hostile.example/x.png" in v.strangers() and {"bad", "worse"} <= set(v.errors)
+    assert "alert 1" in v.scripts() and any("onload" in o for o in v.scripts()) and v.page.evaluate(NARROW)!=[0]
+    with pytest.raises(AssertionError): v.quiet()
+    v.close()
+
 def test_a_conversation(server, browser):
     "Open, choose a model, ask, watch it stream, stop, copy, make anew, edit, turn the knobs, look inside."
     with Visitor(browser, server.url) as v:
@@ -185,7 +197,8 @@ def test_history_stays(server, browser, models):
         v.one(f"{card} summary").click()
         v.one(f"{card} .ng-delete").click()
         v.one(".ng-delete-yes").click()
-        v.shows("() => ![...document.querySelectorAll('.ng-open')].some(o => o.textContent.includes('A bird'))")
+        v.shows("""() => !document.querySelector('.ng-ask')
+            && ![...document.querySelectorAll('.ng-open')].some(o => o.textContent.includes('A bird'))""")
         assert all("bird" not in o.title for o in kept(models)) and any("鹈鹕" in o.title for o in kept(models))
 
 def kept(models):
@@ -226,7 +239,8 @@ def test_by_keyboard_alone(server, browser):
 
 NARROW = """() => { const w = document.documentElement.clientWidth, ways = 'pre, table, .ng-sr, .ng-looked, .ng-side'
     const out = e => { const r = e.getBoundingClientRect(); return r.width && r.height && r.right > w + 1 && !e.closest(ways) }
-    return [document.documentElement.scrollWidth - w, ...[...document.querySelectorAll('.ng-main *')].filter(out).map(e => e.className || e.tagName)] }"""
+    const wide = [...document.querySelectorAll('.ng-main *')].filter(out).map(e => e.className || e.tagName)
+    return [document.documentElement.scrollWidth - w, ...wide] }"""
 LIGHT = """at => {                          // how light the ground under a text is, and how far its letters stand out (WCAG 2.1, 1.4.3)
     const line = x => x <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4
     const light = s => { const [r, g, b] = s.match(/[\\d.]+/g).map(x => line(x/255)); return .2126*r + .7152*g + .0722*b }
@@ -284,7 +298,7 @@ def test_hostile_strings_stay_letters(server, browser, models):
             v.one(".ng-new").click()
             v.shows("() => !document.querySelector('.ng-turn')")
             said = v.ask("Go")
-            assert len(said)>2000 and not taken(v.page) and v.scripts()==[], (k, len(said))
+            assert len(said)>1500 and not taken(v.page) and v.scripts()==[], (k, len(said))
             v.type("\n".join(part))
             v.shows("() => document.querySelectorAll('.ng-user').length == 2")
             v.page.keyboard.press("Escape")

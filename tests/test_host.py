@@ -215,9 +215,10 @@ def test_signing_in(server, kept):
 @pytest.mark.parametrize("preheat", (0, 1))
 def test_a_visitor_reaches_only_their_own_kernel(server, preheat):
     "Neither the websocket nor HTTP leads to the kernel of somebody else, or to one that waits for its first visitor."
-    s = server(preheat=preheat)
+    s = server(preheat=preheat, visitors=2)
     if preheat: eventually(lambda: len(s.kernels())==1)
-    (ann, hers), (bob, his) = s.visit(), s.visit()
+    with ThreadPoolExecutor(2) as pool: (ann, hers), (bob, his) = [o.result() for o in [pool.submit(s.visit) for _ in "ab"]]
+    assert s.ask()[0]==503 # two at once take two places, not more and not fewer
     assert hers!=his and ann!=bob and {hers, his} <= set(s.kernels())
     if preheat: eventually(lambda: len(s.kernels())==3)
     waiting = set(s.kernels())-{hers, his}

@@ -5,8 +5,9 @@ import pytest
 from conftest import ROOT
 
 ALL = sorted((ROOT/"results").glob("*.json"))
-RACE, DATA, SEEDS, EXPERIMENT, TALK = (ROOT/f"results/{name}.json" for name in ("race", "bench-data", "demo-seeds", "experiment", "talk"))
-RECORDS = [p for p in ALL if p not in (RACE, DATA, SEEDS, EXPERIMENT, TALK)] # cards of a speedrun
+OTHERS = "race", "bench-data", "demo-seeds", "experiment", "talk", "dashboard"
+RACE, DATA, SEEDS, EXPERIMENT, TALK, DASHBOARD = (ROOT/f"results/{name}.json" for name in OTHERS)
+RECORDS = [p for p in ALL if p.stem not in OTHERS] # cards of a speedrun
 README = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
 
 def load(path): return json.loads(path.read_text(encoding="utf-8"))
@@ -96,3 +97,10 @@ def test_record_of_the_talk():
 
 def test_there_are_records():
     assert {"demo"} <= {p.stem for p in RECORDS} and EXPERIMENT in ALL
+
+def test_the_dashboard_keeps_its_promises():
+    "The record of a browser: seconds to the first widget, to the first words and to a stop, bytes and memory."
+    o = load(DASHBOARD)
+    assert o["command"].startswith("python tests/time_dashboard.py") and o["commit"] and o["date"] and o["machine"]
+    assert o["preheated"]["typing"]<3 and o["cold"]["typing"]<6 and o["first_words"]<.5 and o["stop"]<.3
+    assert o["bytes_of_1000_tokens"]<400_000 and o["kernel_bytes"]<450*2**20
