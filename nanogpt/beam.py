@@ -7,20 +7,20 @@ __all__ = ['expand', 'length_score', 'hopeful', 'BeamConfig', 'Hypothesis', 'Bea
 
 # %% ../nbs/17_beam.ipynb #18f43f75
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .cache import KVCache
-from .core import CheckpointError, ConfigError, DataError, ShapeError
+from .core import CheckpointError, ConfigError
 from .knobs import repetition_penalty
 from .memory import human, machine_memory, resident_bytes
 from .model import GPT
-from .settings import arg, nearest
+from .sample import _fits
+from .settings import arg
 from .tokenizer import Tokenizer
+from .window import Window, batch_bytes
 
 # %% ../nbs/17_beam.ipynb #6972a649
 def expand(
@@ -165,14 +165,9 @@ def _told(tok, cfg, score, ids, reason):
     return Hypothesis(text[:min(hits)[1]] if hits else text, ids, score, reason) # the stop text that is complete first
 
 def _read(model, prompts, cfg):
-    "Read each prompt once, then give it a row for every beam: the cache, and (R,C) the stream at the end of each row."
-    p,n,block = next(model.parameters()),torch.tensor([len(o) for o in prompts]),model.cfg.block_size
-    most = int(n.max())
-    cache = KVCache(model.cfg, len(n), most, like=p)
-    h = model.hidden(torch.tensor([o+[0]*(most-len(o)) for o in prompts], device=p.device), cache) # (P,T,C)
-    cache.set_lengths(n)
-    rows = torch.arange(len(n)).repeat_interleave(cfg.beams)
-    return cache.take(rows.to(p.device), min(block, most+cfg.max_tokens)),h[rows,n[rows]-1]
+    "A row for every beam of every prompt; equal texts are read once."
+    rows = [o for o in prompts for _ in range(cfg.beams)]
+    return Window(model, rows, [cfg.max_tokens]*len(rows))
 
 # %% ../nbs/17_beam.ipynb #f7896b7e
 class BeamSearch:
@@ -189,8 +184,8 @@ class BeamSearch:
         width,self.ends,self.made,self.last = cfg.beams//cfg.groups,list(tok.specials.values()),0,None
         most = [min(cfg.max_tokens, model.cfg.block_size-len(o)+1) for o in prompts] # the last token is never read
         self.beams = [[Beam(cfg, width, m, partial(_why, tok=tok, cfg=cfg, most=m)) for _ in range(cfg.groups)] for m in most]
-        self.alive = list(range(len(prompts)))                               # those whose search is not over
-        self.cache,self.h = _read(model, prompts, cfg)
+        window,self.alive = _read(model, prompts, cfg),list(range(len(prompts))) # alive: those whose search is not over
+        self.cache,self.h = window.cache,window.h                            # h: (R,C) the stream at the end of each row
         self.sums = torch.full((len(prompts),cfg.groups,width), -math.inf, device=self.h.device)
         self.sums[...,0] = 0.                                                # one text each, with nothing in it
         self.k = min((1+len(self.ends))*width, width*self.V)                 # enough, even if every text could end in every way
@@ -238,26 +233,11 @@ class BeamSearch:
         return [[_told(self.tok, self.cfg, *o) for o in sorted(found, key=lambda o: -o[0])[:self.cfg.n]] for found in ended]
 
 # %% ../nbs/17_beam.ipynb #a925689a
-def _check(model, tok, prompts, cfg):
-    beside = "use the tokenizer.json that lies beside the model"
-    if tok.n_vocab>model.cfg.vocab_size: raise ConfigError(f"the tokenizer has {tok.n_vocab} ids, the model {model.cfg.vocab_size}", beside)
-    if not tok.specials: raise ConfigError("the vocabulary has no token that ends an answer", beside)
-    for s in cfg.stop:
-        if re.fullmatch(r"<\|\w+\|>", s) and s not in tok.specials: raise ConfigError(
-            f"--stop {s} is no token of this vocabulary", f"did you mean {nearest(s, tok.specials, 0)}? That ends an answer by itself")
-    for k,ids in enumerate(prompts):
-        if not len(ids): raise DataError(f"prompt {k} is empty", "begin with <|endoftext|>: [tok.eot]")
-        if len(ids)>model.cfg.block_size: raise ShapeError(
-            f"prompt {k} has {len(ids)} tokens, the context is {model.cfg.block_size}", "shorten it, or use a model with a longer context")
-        if min(ids)<0 or max(ids)>=tok.n_vocab:
-            raise DataError(f"prompt {k} holds ids outside 0…{tok.n_vocab-1}", "encode it with this tokenizer")
-
-def _room(model, tok, longest, cfg):
+def _room(model, longest, cfg):
     "How many prompts fit into memory at once; raises ConfigError where not even one does."
-    c,p = model.cfg,next(model.parameters())
-    length = min(c.block_size, longest+cfg.max_tokens)
-    row = 2*c.n_layer*c.kv_heads*c.head_width*length*p.element_size()+16*tok.n_vocab # keys, values, and a few tables of scores
-    free = max(0, machine_memory(p.device.type)-(torch.cuda.memory_allocated() if p.device.type=="cuda" else resident_bytes()))
+    length,device = min(model.cfg.block_size, longest+cfg.max_tokens),next(model.parameters()).device.type
+    row = batch_bytes(model, 1, length)
+    free = max(0, machine_memory(device)-(torch.cuda.memory_allocated() if device=="cuda" else resident_bytes()))
     need = (cfg.beams+1)*row                                                         # the prompt has a row of its own at first
     if free<need:
         fits = (free//row-1)//cfg.groups*cfg.groups
@@ -274,8 +254,8 @@ def beam(
     rows:int=64,    # texts in a batch, at most
 )->list:            # one list of Hypothesis per prompt, in their order, the best first
     "The n best texts of each prompt; they do not depend on the neighbours. Raises ConfigError, ShapeError and DataError."
-    _check(model, tok, prompts, cfg)
-    together = max(1, min(rows//cfg.beams, _room(model, tok, max(map(len, prompts), default=0), cfg)))
+    _fits(model, tok, prompts, [cfg]*len(prompts), "shorten it, or use a model with a longer context")
+    together = max(1, min(rows//cfg.beams, _room(model, max(map(len, prompts), default=0), cfg)))
     order,out,training = sorted(range(len(prompts)), key=lambda k: len(prompts[k])),{},model.training # like with like: little padding
     model.eval()
     try:

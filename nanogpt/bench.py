@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'best_seconds', 'peak_flops', 'BenchConfig', 'whole_step', 'bench_train', 'timed_answer', 'bench_generate',
-           'bench_text', 'DataBenchConfig', 'bench_data', 'run_train', 'run_generate', 'run_data']
+           'product_seconds', 'bench_text', 'DataBenchConfig', 'bench_data', 'run_train', 'run_generate', 'run_data']
 
 # %% ../nbs/39_bench.ipynb #044f9b15
 import json
@@ -148,11 +148,28 @@ def bench_generate(
     if cfg.tokens+cfg.prompt>model.cfg.block_size:
         raise ConfigError(f"--tokens={cfg.tokens} after a prompt of {cfg.prompt} exceeds the context", "try --tokens 64 --prompt 32")
     kind = getattr(torch, device.dtype)
-    if device.dtype!="float32": model = narrow(model, kind) if device.name=="cpu" else model.to(kind) # as `load_ready` does
+    model = narrow(model, kind) if device.name=="cpu" else model.to(kind) # as `load_ready` does
     prompt = torch.randint(model.cfg.vocab_size, (B,cfg.prompt), device=device.name)
     first,seconds,_ = min((timed_answer(model.eval(), prompt, cfg.tokens) for _ in range(cfg.rounds+1)), key=lambda o: o[1])
     size = sum(p.numel()*p.element_size() for p in model.parameters())
     return _row(cfg, device, B, seconds, B*cfg.tokens, prefill_seconds=first, bytes_per_second=size*cfg.tokens/seconds)
+
+# %% ../nbs/39_bench.ipynb #7a1c0029
+@torch.inference_mode()
+def product_seconds(
+    model:GPT,  # in evaluation mode, its linears of any kind
+    ids:Tensor, # (B,1) one token of each text
+    steps:int,  # how many
+)->float:
+    "What the linears of so many steps take with nothing between them: the floor that their kernels set."
+    calls,last = [],("c_attn", "c_fc", "c_proj", "lm_head")
+    linears = [m for n,m in model.named_modules(remove_duplicate=False) if n.rpartition(".")[2] in last]
+    hooks = [m.register_forward_hook(lambda m, x, _: calls.append((m, *x))) for m in linears]
+    model(ids)
+    for h in hooks: h.remove()
+    start = time.perf_counter()
+    for m,x in calls*steps: m(x)
+    return time.perf_counter()-start
 
 # %% ../nbs/39_bench.ipynb #b556ccc6
 def bench_text(

@@ -39,6 +39,7 @@ VERBS = {
     "ckpt verify": ("commands.CkptConfig", "ckpt_verify", "is the newest checkpoint whole?"),
     "bench train": ("bench.BenchConfig", "bench.run_train", "speed of a training step"),
     "bench generate": ("talk.TalkConfig", "talk.run_talk", "speed of generation; --against transformers,llamacpp: beside theirs"),
+    "bench quant": ("shrink.ShrinkConfig", "shrink.run_shrink", "size, speed, loss and answers of a model in fewer bits"),
     "bench eval": ("pace.PaceConfig", "pace.run_bench_eval", "items per second of an evaluation, beside one at a time"),
     "bench race": ("race.RaceConfig", "race.run_race", "speed of training beside nanoGPT"),
     "bench data": ("bench.DataBenchConfig", "bench.run_data", "speed of tokenising a corpus"),

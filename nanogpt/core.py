@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NanoError', 'ConfigError', 'ShapeError', 'DataError', 'CheckpointError', 'NetworkError', 'DivergedError', 'DiskError',
-           'say', 'sync_folder', 'write_atomic', 'write_json', 'read_json', 'read_log', 'RunLog', 'seed', 'Device',
-           'pick_device', 'peak_memory_bytes', 'Dist', 'swap']
+           'say', 'sync_folder', 'write_atomic', 'write_json', 'read_json', 'read_log', 'RunLog', 'around', 'run_of',
+           'seed', 'Device', 'pick_device', 'peak_memory_bytes', 'Dist', 'swap']
 
 # %% ../nbs/00_core.ipynb #42db5cf4
 import json
@@ -132,6 +132,22 @@ class RunLog:
         except OSError as e:
             fix = "free some space or make it writable, then start again"
             raise DiskError(f"{self.path} could not be written: {e.strerror}", fix) from e
+
+# %% ../nbs/00_core.ipynb #4be0a5f1
+def around(
+    path:Path, # a run, or a folder in one
+    name:str,  # of a file
+):             # paths, the nearest first
+    "Files of that name which may speak of a model's folder: in it, or up to two folders above."
+    yield from (p/name for p in (Path(path), *Path(path).absolute().parents[:2]) if (p/name).exists())
+
+def run_of(
+    path:Path, # a run, or a folder in one
+)->tuple:      # the run's folder and its config.json; None and {} where there is no run
+    "The run that a model belongs to; a model's own config.json is passed over, because it has no `kind`."
+    for p in around(path, "config.json"):
+        if "kind" in (record := read_json(p)): return p.parent, record
+    return None, {}
 
 # %% ../nbs/00_core.ipynb #85d237d5
 def seed(

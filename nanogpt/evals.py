@@ -137,7 +137,7 @@ def score(
     past=None,        # makes a Past from (settings of the model, rows, length, like), with `set_lengths` and `take`; None: KVCache
 )->list:              # a Score for each pair, in order
     "Score continuations; a prompt that several share is read once. One that does not fit loses its oldest ids: that is counted and said."
-    out,like = [None]*len(pairs),_numbers(next(model.parameters()))
+    out,like = [None]*len(pairs),_numbers(model.transformer.ln_f.weight) # in the numbers of the stream, whatever the weights are in
     def make(rows, length): return (past or KVCache)(model.cfg, rows, length, like=like)
     asks = list(_asks(model, pairs))
     for alone in (True,False):

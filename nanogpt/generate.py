@@ -19,11 +19,11 @@ import torch
 from . import checkpoint as ck
 from .batch import answer_file, question_of, row_settings
 from .beam import BeamConfig, beam
-from .core import ConfigError, ShapeError, read_json, say
+from .core import ConfigError, ShapeError, around, read_json, say
 from .door import HostConfig, make_hash, password_place, save_hash, typed_password
 from .flags import GenerateConfig, PlaceConfig, knobs
 from .knobs import SampleConfig
-from .ready import load_ready
+from .ready import load_ready, numbers_of
 from .sample import complete, stream
 from .settings import arg, settings, show
 from .speculate import Lookup, stream_ahead
@@ -37,9 +37,9 @@ def is_tuned(
 )->bool:
     "Whether the run's record says that it learned conversations."
     # step 1: where a record may lie: here, or up to two folders above
-    records = [p/"config.json" for p in (Path(path), *Path(path).absolute().parents[:2])]
-    # step 2: does one of those that exist say so?
-    return any(read_json(p).get("kind")=="SFTConfig" for p in records if p.exists())
+    records = around(path, "config.json")
+    # step 2: does one of them say so?
+    return any(read_json(p).get("kind")=="SFTConfig" for p in records)
 
 # %% ../nbs/40d_generate.ipynb #40c00022
 def load_for(
@@ -176,7 +176,9 @@ def plan(
     files = sorted(found.iterdir()) if found.is_dir() else [found]
     manifest = found/"MANIFEST.json"
     weights = sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else [[o.name, o.stat().st_size] for o in files]
-    return {k:v for k,v in settings(cfg).items() if k not in free}|dict(model=weights)
+    if cfg.threads: torch.set_num_threads(cfg.threads)
+    kind = numbers_of(cfg.model, cfg.device, cfg.dtype)               # not "auto", which may mean something else elsewhere
+    return {k:v for k,v in settings(cfg).items() if k not in free}|dict(model=weights, dtype=kind)
 
 def answer_prompts(
     cfg:GenerateConfig, # a command with --prompts

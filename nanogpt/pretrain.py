@@ -115,8 +115,9 @@ def pretrain(
     "From the name of a corpus to a trained model in `cfg.out`."
     dist = dist or Dist()
     seed(cfg.seed)
+    base = ck.load_base(cfg.init)[0] if cfg.init else None # first: for what cannot be trained no data is written
     tok,train,held = open_data(cfg, dist)
-    model = ck.load_base(cfg.init)[0] if cfg.init else GPT(cfg.model(tok.n_vocab))
+    model = base if cfg.init else GPT(cfg.model(tok.n_vocab))
     if cfg.init and ck.model_tokenizer(cfg.init).fingerprint!=tok.fingerprint:
         raise ConfigError(f"the data was not made with the vocabulary of --init={cfg.init}", f"make it with --tokenizer {cfg.init}")
     if cfg.seq_len>(room := model.cfg.block_size):

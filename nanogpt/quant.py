@@ -81,7 +81,7 @@ class Int8Linear(nn.Module):
     )->Tensor:    # (…,O)
         "The product, and the bias added."
         y = self.product(x.reshape(-1, x.size(-1)))
-        return (y if self.bias is None else y+self.bias.to(y.dtype)).view(*x.shape[:-1], -1)
+        return (y if self.bias is None else y+self.bias.to(y.dtype)).view(*x.shape[:-1], y.size(-1)) # not -1: there may be no rows
 
 def _quick(x, dtype, most): return x.device.type=="cpu" and x.dtype==dtype and len(x)<=most
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .checkpoint import load_model, save_model
-from .core import CheckpointError, ConfigError, DataError, read_json, say
+from .core import CheckpointError, ConfigError, DataError, run_of, say
 from .corpus import documents
 from .model import GPT, GPTConfig
 from .quant import KINDS, quantize
@@ -93,11 +93,9 @@ def _probe(cfg, model, tok):
     return torch.tensor(ids)
 
 def _record(path):
-    "What the record of a run says it is and what it was tuned on, here or up to two folders above."
-    for p in (Path(path), *Path(path).absolute().parents[:2]):
-        if (p/"config.json").exists() and (made := read_json(p/"config.json")).get("kind"):
-            return dict(kind=made["kind"], settings=dict(data=made.get("settings", {}).get("data")))
-    return {}
+    "What the record of a run says it is and what it was tuned on."
+    _,made = run_of(path)
+    return dict(kind=made["kind"], settings=dict(data=made.get("settings", {}).get("data"))) if made else {}
 
 def run_quantize(
     cfg:QuantizeConfig, # which model, where to, how

@@ -136,25 +136,26 @@ class Decoder:
         self.knobs.keep(stay)
 
 # %% ../nbs/16c_sample.ipynb #39e2c382
-def _check(model, tok, prompts, cfgs, rows):
-    if tok.n_vocab>model.cfg.vocab_size: raise ConfigError(
-        f"the tokenizer has {tok.n_vocab} ids, the model {model.cfg.vocab_size}", "use the tokenizer.json that lies beside the model")
-    if not tok.specials: raise ConfigError(
-        "the vocabulary has no token that ends an answer", "use the tokenizer.json that lies beside the model")
-    for c in {id(c):c for c in cfgs}.values():
-        biases(tok, c.logit_bias)
-        for s in c.stop:
-            if re.fullmatch(r"<\|\w+\|>", s) and s not in tok.specials: raise ConfigError(f"--stop {s} is no token of this vocabulary",
-                f"did you mean {nearest(s, tok.specials, 0)}? Every special token ends an answer by itself")
-    block,longest = model.cfg.block_size,1
+def _fits(model, tok, prompts, cfgs, fix):
+    "Refuse a vocabulary, a stop text or a prompt that this model cannot have; `fix` is for a prompt that is too long."
+    beside,block = "use the tokenizer.json that lies beside the model",model.cfg.block_size
+    if tok.n_vocab>model.cfg.vocab_size: raise ConfigError(f"the tokenizer has {tok.n_vocab} ids, the model {model.cfg.vocab_size}", beside)
+    if not tok.specials: raise ConfigError("the vocabulary has no token that ends an answer", beside)
+    for s in {s for c in cfgs for s in c.stop if re.fullmatch(r"<\|\w+\|>", s)}-tok.specials.keys():
+        raise ConfigError(f"--stop {s} is no token of this vocabulary",
+                          f"did you mean {nearest(s, tok.specials, 0)}? Every special token ends an answer by itself")
     for k,(ids,c) in enumerate(zip(prompts, cfgs, strict=True)):
         if not len(ids): raise DataError(f"prompt {k} is empty", "begin with <|endoftext|>: [tok.eot]")
-        if len(ids)>block and c.overflow=="refuse": raise ShapeError(
-            f"prompt {k} has {len(ids)} tokens, the context is {block}", "shorten it, or let it slide: --overflow slide")
+        if len(ids)>block and getattr(c, "overflow", "refuse")=="refuse":
+            raise ShapeError(f"prompt {k} has {len(ids)} tokens, the context is {block}", fix)
         if min(ids)<0 or max(ids)>=tok.n_vocab:
             raise DataError(f"prompt {k} holds ids outside 0…{tok.n_vocab-1}", "encode it with this tokenizer")
-        longest = min(block, max(longest, len(ids)+c.max_tokens))
-    check_room(model, min(rows, sum(c.n for c in cfgs)), longest)
+
+def _check(model, tok, prompts, cfgs, rows):
+    _fits(model, tok, prompts, cfgs, "shorten it, or let it slide: --overflow slide")
+    for some in {c.logit_bias for c in cfgs}: biases(tok, some)
+    longest = max((len(ids)+c.max_tokens for ids,c in zip(prompts, cfgs, strict=True)), default=1)
+    check_room(model, min(rows, sum(c.n for c in cfgs)), min(model.cfg.block_size, longest))
 
 def _dice(prompts, cfgs):
     count,out = {},[]

@@ -19,7 +19,7 @@ import torch
 from . import tales
 from .checkpoint import load_model
 from .choice import Item, arc, choice_metrics, completion, follow, harness, sample
-from .core import ConfigError, DataError, NetworkError, pick_device, read_json, say
+from .core import ConfigError, DataError, NetworkError, pick_device, run_of, say
 from .corpus import HELD, choices, conversations, documents, rows
 from .evals import answer_loss, exact, mean_interval, metric, score, share
 from .model import GPT
@@ -157,8 +157,8 @@ def tuned_on(
     path:Path, # a run, or a folder in one
 )->str|None:
     "The folder of conversations that a run was tuned on, if its record names one."
-    for p in (o/"config.json" for o in (Path(path), *Path(path).absolute().parents[:2])):
-        if p.exists() and (made := read_json(p)).get("kind")=="SFTConfig": return made.get("settings", {}).get("data")
+    _,made = run_of(path)
+    return made.get("settings", {}).get("data") if made.get("kind")=="SFTConfig" else None
 
 def chosen_tasks(
     cfg:EvalConfig, # what to measure

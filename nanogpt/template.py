@@ -9,7 +9,7 @@ __all__ = ['FORMS', 'ALPACA', 'SYSTEM', 'render_turns', 'chinese', 'Template', '
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .core import ConfigError, DataError, read_json, say, write_json
+from .core import ConfigError, DataError, around, read_json, say, write_json
 from .settings import nearest
 from .tokenizer import Tokenizer
 
@@ -123,9 +123,8 @@ def load_template(
     tok:Tokenizer, # encodes
 )->Template:
     "The template a run was tuned with: its `template.json`, or our chat form where there is none."
-    for where in (Path(path), *Path(path).absolute().parents[:2]):
-        if (where/"template.json").exists(): return Template(tok, **read_json(where/"template.json"))
-    return Template(tok)
+    found = next(around(path, "template.json"), None)
+    return Template(tok, **read_json(found)) if found else Template(tok)
 
 # %% ../nbs/13_template.ipynb #1623b047
 def shard_rows(

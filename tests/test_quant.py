@@ -46,7 +46,7 @@ def test_what_is_refused(run_of, tmp_path, call):
                         (("quantize", "--model", run_of, "--out", tmp_path/"x", "--kind", "int5"), "int5"),
                         (("export", "--model", small, "--out", tmp_path/"x"), "weights of int8 have no place"),
                         (("sft", "--init", small, "--out", tmp_path/"x", "--corpus", "tales"), "cannot be trained"),
-                        (("pretrain", "--init", small, "--out", tmp_path/"y", "--corpus", "tales", "--tokenizer", small,
+                        (("pretrain", "--init", small, "--out", tmp_path/"x", "--corpus", "tales", "--tokenizer", small,
                           "--corpus_tokens", 2000, "--seq_len", 32, "--batch_tokens", 64, "--micro_batch", 2), "cannot be trained")):
         code, out, err = call(*words)
         assert (code, out)==(2, ""), (words, err)
@@ -70,3 +70,31 @@ def test_weights_stay_in_the_file(run_of, tmp_path, call):
     line = next(o for o in maps().splitlines() if o.endswith(str(tmp_path/"q/model.safetensors")))
     low, high = (int(o, 16) for o in line.split()[0].split("-"))
     assert low<=model.lm_head.q.data_ptr()<high
+
+def test_bench_quant(tuned, tmp_path, call):
+    "All kinds of a tuned run: the losses are those of its own held-out rows, changes are told in pairs; a small copy is no place to begin."
+    from nanogpt.shrink import ALL, shrink_text
+    words = ("bench", "quant", "--model", tuned, "--limit", 3, "--tokens", 4, "--rounds", 1, "--group", 8)
+    code, out, err = call(*words, "--json")
+    rows = [json.loads(o) for o in out.splitlines()]
+    assert code==0 and [r["kind"] for r in rows]==list(ALL), err
+    assert rows[0]["loss_change"]==[0, 0, 0] and rows[0]["rows"]==3 and rows[0]["changes"]["tales endings"][0]==0
+    last = [json.loads(o) for o in (tuned/"log.jsonl").read_text().splitlines() if '"val_loss"' in o][-1]["val_loss"]
+    assert abs(rows[0]["loss"]-last)<.5                                                # three of the rows that the run was measured on
+    for r in rows[1:]:
+        assert r["file_bytes"]<rows[0]["file_bytes"] and r["loss_change"][1]<=r["loss_change"][0]<=r["loss_change"][2]
+        assert abs(r["loss"]-rows[0]["loss"]-r["loss_change"][0])<1e-6
+    code, out, err = call(*words)
+    assert code==0 and len(out.splitlines())==len(shrink_text(rows).splitlines())==2+len(ALL)
+    assert call("quantize", "--model", tuned, "--out", tmp_path/"q")[0]==0
+    code, out, err = call("bench", "quant", "--model", tmp_path/"q")
+    assert (code, out)==(2, "") and "weights of int8 already" in one_message(err)
+    code, out, err = call("bench", "quant", "--model", tuned, "--tasks", "chess")
+    assert (code, out)==(2, "") and "there are tales" in one_message(err)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows(kind):
+    "A row of conversations may have nothing to learn: its product is empty, as nn.Linear's is."
+    make, dtype = KINDS[kind]
+    linear = make(torch.nn.Linear(64, 32), 32).to(dtype)
+    for shape in ((0, 64), (2, 0, 64)): assert linear(torch.zeros(shape, dtype=dtype)).shape==(*shape[:-1], 32)

@@ -27,7 +27,7 @@ def save(folder):
     from nanogpt.tokenizer import Tokenizer
     torch.manual_seed(0)
     tok = Tokenizer.train(["the cat sat on the mat. the cat ran."]*3, 280)
-    save_model(folder/"model", GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=3, n_head=4, n_embd=384)), tok)
+    save_model(folder/"model", GPT(GPTConfig(vocab_size=512, block_size=64, n_layer=5, n_head=4, n_embd=384)), tok) # 36 MB: not small
     return (folder/"model/model.safetensors").stat().st_size
 
 def pair(folder, dtype, env):
@@ -88,3 +88,20 @@ def test_row_alone_and_cached_in_16_bits(tmp_path):
         with torch.inference_mode(): scores = model(torch.tensor([[*p, *c.ids]]))[0, len(p)-1:-1, :tok.n_vocab]
         chosen = scores.gather(1, torch.tensor(c.ids)[:, None])[:, 0]
         assert (scores.max(-1).values-chosen < .02*scores.std()).all()    # the best, or as good as it: roundings differ
+
+def test_threads_take_turns():
+    "One row goes around a library by a switch of the whole process: another thread's products meet it as it was."
+    from threading import Thread
+
+    from nanogpt.ready import Narrow
+    torch.manual_seed(0)
+    linear = Narrow(torch.nn.Linear(512, 512).bfloat16())
+    x = {rows: torch.randn(rows, 512) for rows in (1, 16)}
+    alone, seen = {rows: linear(o) for rows, o in x.items()}, []
+    def work(rows):
+        for _ in range(300): seen.append(torch.equal(linear(x[rows]), alone[rows]))
+    before = torch.backends.mkldnn.enabled
+    people = [Thread(target=work, args=(rows,)) for rows in (1, 16, 1, 16)]
+    for t in people: t.start()
+    for t in people: t.join()
+    assert len(seen)==1200 and all(seen) and torch.backends.mkldnn.enabled==before

@@ -5,9 +5,9 @@ import pytest
 from conftest import ROOT
 
 ALL = sorted((ROOT/"results").glob("*.json"))
-OTHERS = "race", "bench-data", "demo-seeds", "experiment", "talk", "dashboard"
-RACE, DATA, SEEDS, EXPERIMENT, TALK, DASHBOARD = (ROOT/f"results/{name}.json" for name in OTHERS)
-RECORDS = [p for p in ALL if p.stem not in OTHERS] # cards of a speedrun
+OTHERS = RACE, DATA, SEEDS, EXPERIMENT, TALK, QUANT, DASHBOARD = [ROOT/f"results/{name}.json" for name in
+    ("race", "bench-data", "demo-seeds", "experiment", "talk", "quant", "dashboard")]
+RECORDS = [p for p in ALL if p not in OTHERS] # cards of a speedrun
 README = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
 
 def load(path): return json.loads(path.read_text(encoding="utf-8"))
@@ -94,6 +94,43 @@ def test_record_of_the_talk():
     kept = {name for name, (wanted, had) in record["promises"].items() if had>=wanted}
     assert {"prompt, bfloat16 ÷ transformers bfloat16", "batch 8 ÷ batch 1, float32"} <= kept
     assert max(v for v in record["ready"].values() if not isinstance(v, str))<1.5
+    assert f"Measured on {record['date']} at {record['commit']} on an {record['machine']}." in README
+
+def test_lesson_tells_the_floor():
+    "What 39d says of products alone, of reading and of llama.cpp's step is what was recorded."
+    record, text = load(TALK), " ".join(lesson("39d_talk"))
+    half, single = record["floor"]["bfloat16"], record["floor"]["float32"]
+    low, high = half["products"]
+    llama = next(1e3*r["seconds"]/r["tokens"] for r in record["rows"] if r["batch"]==1 and r["kind"]=="f16")
+    for words in (f"in 16 bits took {half['step']} ms. Its products alone took {low} ms at one time and {high} ms at another",
+                  f"just reading their bytes {half['reading']} ms", f"The whole step of llama.cpp takes {llama:.1f} ms there",
+                  f"products took {single['products_whole']} ms, where reading takes {single['reading']} ms; by parts",
+                  f"has it, {single['products']} ms", f"takes {single['step']} ms instead of {single['step_whole']} ms"):
+        assert words in text
+    assert .9*low<llama<1.1*high and high<half["step"] and single["step"]<.7*single["step_whole"]
+
+def lesson(name):
+    "The prose of a notebook."
+    return ["".join(c["source"]) for c in load(ROOT/f"nbs/{name}.ipynb")["cells"] if c["cell_type"]=="markdown"]
+
+def test_lesson_shows_the_quantised():
+    "The tables in 39e are what the recorded commands printed, changes follow from the answers, and what is said of them holds."
+    from nanogpt.report import change
+    from nanogpt.shrink import ALL, shrink_text
+    record, text = load(QUANT), "\n".join(lesson("39e_shrink"))
+    assert record["commit"] and all(str(record[k]) in text for k in ("date", "machine"))
+    for name, rows in record["models"].items():
+        assert shrink_text(rows) in text and f"`{record['commands'][name]}`" in text and [r["kind"] for r in rows]==list(ALL)
+        for r in rows:
+            for k, told in r["changes"].items(): assert told==pytest.approx(change(rows[0]["metrics"][k], r["metrics"][k]))
+            assert r["loss"]-rows[0]["loss"]==pytest.approx(r["loss_change"][0], abs=1e-9)
+            assert (abs(r["loss_change"][0])<.001)==(r["kind"]!="int4")
+        assert all(r["loss_change"][1]>0 for r in rows[2:])                            # seen, because the rows are the same
+        moved = [sum(a!=b for a, b in zip(rows[0]["metrics"][k]["hits"], r["metrics"][k]["hits"], strict=True))
+                 for r in rows for k in r["changes"] if k.split()[-1] in ("endings", "acc_norm")]
+        assert max(moved)<=.03*400
+    one, two = record["models"]["demo"][-1], record["models"]["dolly"][-1]
+    assert two["loss_change"][1]>one["loss_change"][2]                                # the model that knows more loses more
 
 def test_there_are_records():
     assert {"demo"} <= {p.stem for p in RECORDS} and EXPERIMENT in ALL
