@@ -141,3 +141,16 @@ def test_the_dashboard_keeps_its_promises():
     assert o["command"].startswith("python tests/time_dashboard.py") and o["commit"] and o["date"] and o["machine"]
     assert o["preheated"]["typing"]<3 and o["cold"]["typing"]<6 and o["first_words"]<.5 and o["stop"]<.3
     assert o["bytes_of_1000_tokens"]<400_000 and o["kernel_bytes"]<450*2**20
+
+def waits(o):
+    "What the README shows of that record."
+    told = [("page opened, a box to type in", f"{o['cold']['typing']:.1f} s", "6 s"),
+            ("the same with `--preheat 1`", f"{o['preheated']['typing']:.1f} s", "3 s"),
+            ("question sent, first words", f"{o['first_words']:.2f} s", "0.5 s"), ("*Stop* clicked, answer ended", f"{o['stop']:.2f} s", "0.3 s"),
+            ("sent to the page for 1,000 tokens", f"{o['bytes_of_1000_tokens']/1000:.0f} kB", "400 kB"),
+            ("memory of a kernel after a conversation", f"{o['kernel_bytes']/2**20:.0f} MiB", "450 MiB")]
+    return ["| | measured | to stay below |", "|:--|--:|--:|", *(f"| {' | '.join(row)} |" for row in told)]
+
+def test_readme_shows_the_dashboard():
+    at = README.index("<!-- dashboard -->")
+    assert README[at+1:README.index("<!-- /dashboard -->")]==waits(load(DASHBOARD))
