@@ -93,10 +93,14 @@ class Visitor:
     def all(self, at): return self.page.locator(at)
     def shows(self, js, arg=None): self.page.wait_for_function(js, arg=arg)
     def pick(self, name):
-        "Choose a model by its name in the list."
-        self.page.locator(".ng-model select").select_option(index=next(k for k, o in enumerate(self.models()) if name in o))
-        self.shows("""name => document.querySelector('.ng-model select').selectedOptions[0].label.replaceAll('\\xa0', ' ').includes(name)
-            && !document.querySelector('.ng-waking, .ng-loading')""", name)
+        "Choose a model by its name in the list, and wait until it has been loaded."
+        k = next(k for k, o in enumerate(self.models()) if name in o)
+        if k==self.page.evaluate("() => document.querySelector('.ng-model select').selectedIndex"): return
+        self.page.evaluate("""() => { window.__loaded = false; new MutationObserver(all => {
+            window.__loaded ||= all.some(o => o.oldValue.includes('ng-loading')) && !document.querySelector('.ng-loading')
+        }).observe(document.querySelector('.ng-app'), {attributes: true, attributeFilter: ['class'], attributeOldValue: true}) }""")
+        self.page.locator(".ng-model select").select_option(index=k)
+        self.shows("() => window.__loaded")
     def models(self): return [o.replace("\xa0", " ") for o in self.page.locator(".ng-model select option").all_text_contents()]
     def type(self, text):
         self.one(".ng-input").fill(text)
