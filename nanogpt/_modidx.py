@@ -50,6 +50,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanogpt.beam.BeamSearch.said': ('beam.html#beamsearch.said', 'nanogpt/beam.py'),
                               'nanogpt.beam.BeamSearch.step': ('beam.html#beamsearch.step', 'nanogpt/beam.py'),
                               'nanogpt.beam.Hypothesis': ('beam.html#hypothesis', 'nanogpt/beam.py'),
+                              'nanogpt.beam._check': ('beam.html#_check', 'nanogpt/beam.py'),
                               'nanogpt.beam._no_repeat_ngram': ('beam.html#_no_repeat_ngram', 'nanogpt/beam.py'),
                               'nanogpt.beam._penalised': ('beam.html#_penalised', 'nanogpt/beam.py'),
                               'nanogpt.beam._read': ('beam.html#_read', 'nanogpt/beam.py'),

@@ -246,6 +246,11 @@ def _room(model, longest, cfg):
     return free//need
 
 # %% ../nbs/17_beam.ipynb #fd006d38
+def _check(model, tok, prompts, cfg, rows):
+    "How many prompts may be searched side by side, if all are well."
+    _fits(model, tok, prompts, [cfg]*len(prompts), "shorten it, or use a model with a longer context")
+    return max(1, min(rows//cfg.beams, _room(model, max(map(len, prompts), default=0), cfg)))
+
 def beam(
     model:GPT,      # any GPT; left in the mode it was in
     tok:Tokenizer,  # its vocabulary
@@ -254,8 +259,7 @@ def beam(
     rows:int=64,    # texts in a batch, at most
 )->list:            # one list of Hypothesis per prompt, in their order, the best first
     "The n best texts of each prompt; they do not depend on the neighbours. Raises ConfigError, ShapeError and DataError."
-    _fits(model, tok, prompts, [cfg]*len(prompts), "shorten it, or use a model with a longer context")
-    together = max(1, min(rows//cfg.beams, _room(model, max(map(len, prompts), default=0), cfg)))
+    together = _check(model, tok, prompts, cfg, rows)
     order,out,training = sorted(range(len(prompts)), key=lambda k: len(prompts[k])),{},model.training # like with like: little padding
     model.eval()
     try:

@@ -15,7 +15,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 
-from .beam import BeamConfig, BeamSearch, _check, _room, _told, length_score
+from .beam import BeamConfig, BeamSearch, _check, _told, length_score
 from .core import NanoError
 from .model import GPT
 from .sample import Completion, growing
@@ -36,8 +36,7 @@ def searching(
     cfg:BeamConfig, # how wide, and when to stop
 )->Iterator:        # of Hypotheses; all but the last without a reason
     "The best text after each step of a search, perhaps another one each time; the last is that of `beam`. Raises as `beam` does, at once."
-    _check(model, tok, [prompt], cfg)
-    _room(model, tok, len(prompt), cfg)
+    _check(model, tok, [prompt], cfg, cfg.beams)
     def steps():
         training = model.training
         model.eval()

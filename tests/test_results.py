@@ -146,7 +146,8 @@ def waits(o):
     "What the README shows of that record."
     told = [("page opened, a box to type in", f"{o['cold']['typing']:.1f} s", "6 s"),
             ("the same with `--preheat 1`", f"{o['preheated']['typing']:.1f} s", "3 s"),
-            ("question sent, first words", f"{o['first_words']:.2f} s", "0.5 s"), ("*Stop* clicked, answer ended", f"{o['stop']:.2f} s", "0.3 s"),
+            ("question sent, first words", f"{o['first_words']:.2f} s", "0.5 s"),
+            ("*Stop* clicked, answer ended", f"{o['stop']:.2f} s", "0.3 s"),
             ("sent to the page for 1,000 tokens", f"{o['bytes_of_1000_tokens']/1000:.0f} kB", "400 kB"),
             ("memory of a kernel after a conversation", f"{o['kernel_bytes']/2**20:.0f} MiB", "450 MiB")]
     return ["| | measured | to stay below |", "|:--|--:|--:|", *(f"| {' | '.join(row)} |" for row in told)]
