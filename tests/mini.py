@@ -102,3 +102,14 @@ def program(package, *names):
         for words in (["update"], ["install", "-y", "--no-install-recommends", package]):
             subprocess.run(["apt-get", "-q", *words], capture_output=True, timeout=600)
     return find() or pytest.skip(f"there is no {names[0]}, and it cannot be installed without root: apt install {package}")
+
+def unpacked(package, path, folder):
+    "A program out of Debian's package, which is not installed: an installed server would start by itself, and stay."
+    if found := shutil.which(Path(path).name): return found
+    if shutil.which("apt-get"):
+        fetch = lambda: subprocess.run(["apt-get", "-q", "download", package], cwd=folder, capture_output=True, timeout=600).returncode==0
+        if not fetch() and os.geteuid()==0:
+            subprocess.run(["apt-get", "-q", "update"], capture_output=True, timeout=600)
+            fetch()
+        for deb in folder.glob(f"{package}_*.deb"): subprocess.run(["dpkg", "-x", deb, folder], capture_output=True, timeout=60)
+    return str(folder/path) if (folder/path).exists() else pytest.skip(f"there is no {package}, and its package cannot be fetched")

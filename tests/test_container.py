@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sqlite3
@@ -23,7 +22,7 @@ import pytest
 import yaml
 from browser import free_port
 from conftest import ROOT
-from mini import command, environment
+from mini import command, environment, unpacked
 from test_layout import BUILD
 
 from nanogpt.cli import parse_only
@@ -247,8 +246,7 @@ def test_the_health_check(server):
 
 def nginx(folder, server):
     "nginx with our file: other ports, a certificate of its own."
-    program, plain, port = shutil.which("nginx"), free_port(), free_port()
-    if not program: pytest.skip("there is no nginx here (apt install nginx-light)")
+    program, plain, port = unpacked("nginx", "usr/sbin/nginx", folder), free_port(), free_port()
     made = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout key.pem -out fullchain.pem -subj".split()
     subprocess.run([*made, f"/CN={NAME}"], cwd=folder, capture_output=True, check=True)
     text = re.sub(r"^\s*listen \[::\].*\n", "", read(DEPLOY/"nginx.conf"), flags=re.M)
@@ -267,8 +265,7 @@ def nginx(folder, server):
 
 def caddy(folder, server):
     "Caddy with our file; what a test adds: no real authority is asked."
-    program, port = shutil.which("caddy"), free_port()
-    if not program: pytest.skip("there is no caddy here (apt install caddy)")
+    program, port = unpacked("caddy", "usr/bin/caddy", folder), free_port()
     options = "admin off", "local_certs", "skip_install_trust", "auto_https disable_redirects", f"storage file_system {folder}/store"
     (folder/"Caddyfile").write_text("\n\t".join(("{", *options))+"\n}\n"+read(DEPLOY/"Caddyfile"))
     env = environment(CHAT_NAME=f"{NAME}:{port}", CHAT_SERVER=f"127.0.0.1:{server}", HOME=str(folder))
