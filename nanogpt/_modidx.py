@@ -199,6 +199,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanogpt.chat.Welcome._on_demo': ('chat.html#welcome._on_demo', 'nanogpt/chat.py'),
                               'nanogpt.chat.Welcome._on_demo_stop': ('chat.html#welcome._on_demo_stop', 'nanogpt/chat.py'),
                               'nanogpt.chat.Welcome._on_start': ('chat.html#welcome._on_start', 'nanogpt/chat.py'),
+                              'nanogpt.chat.Welcome._progress': ('chat.html#welcome._progress', 'nanogpt/chat.py'),
                               'nanogpt.chat.Welcome._starters': ('chat.html#welcome._starters', 'nanogpt/chat.py'),
                               'nanogpt.chat.Welcome.empty': ('chat.html#welcome.empty', 'nanogpt/chat.py'),
                               'nanogpt.chat.app': ('chat.html#app', 'nanogpt/chat.py')},

@@ -93,6 +93,7 @@ function render({model, el}) {
     if (!b || b.matches("form, input, select")) return
     if (b.dataset.flip) return flip[b.dataset.flip]()
     say(b.dataset.do, b.dataset.arg)
+    b.closest("details")?.removeAttribute("open")                        // a menu is done with
     if (b.dataset.close && narrow()) app().classList.remove("ng-show-left", "ng-show-right")
   })
   on(el, "change", e => { if (e.target.matches("select[data-do]")) say(e.target.dataset.do, e.target.dataset.arg, e.target.value) })

@@ -96,7 +96,7 @@ class Models(Desk):
         "Look at the folders; the model that was asked for, or else the newest tuned one, is loaded."
         self.work(self.shelf.entries, self._found, partial(self._went, self.picked))
     def _found(self, found):
-        good = [o for o in found if o.kind!="bad"]
+        good = [o for o in found if o.kind!="bad" and (o.tuned or not (self.demo and self.demo.child.returncode))] # half a demo is none
         self.bad = [self.t("{name} cannot be used: {why}", name=o.name, why=o.note) for o in found if o.kind=="bad"]
         self.known = {str(o.path):o.name for o in good}
         options,wanted = [(title(o.name), str(o.path)) for o in good],self.picked or self.wanted
@@ -154,8 +154,9 @@ class Welcome(Models):
     def _on_demo(self, arg, value):
         self.demo = make_demo(Path(self.settings["runs"])/"demo")
         def watch(stopped):
-            while self.demo.running and not stopped(): self.safely(self.show); time.sleep(1)
+            while self.demo.running and not stopped(): self.safely(self._progress); time.sleep(1)
         Task(watch, lambda out: self.safely(self.find), partial(self.safely, self.alert)).start()
+    def _progress(self): self.turns() or self.frame.log.put("empty", self.empty()) # in its place: a part that comes anew fades in
     def _on_demo_stop(self, arg, value): self.demo.stop()
 
 # %% ../nbs/19j_chat.ipynb #85832614

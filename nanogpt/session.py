@@ -110,7 +110,7 @@ class Talks:
         "Draw the list anew."
         found = self.history.cards(self.frame.search.value)
         self.titles = {o.id:o.title for o in found}
-        self.frame.cards.put("cards", cards_html(self.t, found, time.time(), self.conversation, self.asking))
+        self.frame.cards.put("cards", cards_html(self.t, found, time.time(), self.conversation, self.asking, self.frame.search.value))
     def group(
         self,
         turns:list, # of an exchange

@@ -133,8 +133,7 @@ def user_html(
     return tag("article", text, tag("div", tools, css="ng-under"), css="ng-turn ng-user", data_turn=turn.id, aria_label=t("You"))
 
 def _answer(name, body, under, **about):
-    who = tag("div", plain(name), css="ng-who")
-    return tag("article", who, body, tag("div", under, css="ng-under"), aria_label=name, **about)
+    return tag("article", tag("div", plain(name), css="ng-who"), body, tag("div", under, css="ng-under"), aria_label=name, **about)
 
 def _pair(articles): return tag("div", *articles, css="ng-pair") if len(articles)>1 else "".join(articles)
 
@@ -196,6 +195,7 @@ def cards_html(
     now:float,     # seconds since 1970
     opened:int|None=None, # which is open
     asking:tuple=(None, "", ""), # which card has a question open, which (rename or delete), and its own name
+    searched:str="", # what was searched for
 )->str:
     "The list of conversations, by day."
     out,last = "",None
@@ -206,7 +206,7 @@ def cards_html(
         about = dict(type="button", css="ng-open", data_do="open", data_arg=c.id, data_close=1, title=c.title)
         button = tag("button", plain(title(c.title) or t("Untitled")), **about)
         out += tag("div", button, _menu(t, c), css="ng-card", data_arg=c.id, aria_current="true" if c.id==opened else None)
-    return out or tag("p", plain(t("No conversations yet.")), css="ng-quiet")
+    return out or tag("p", plain(t("Nothing was found.") if searched else t("No conversations yet.")), css="ng-quiet")
 
 # %% ../nbs/19h_widgets.ipynb #abd4296c
 def empty_html(

@@ -101,6 +101,22 @@ def test_a_conversation(server, browser):
         assert v.questions()==["Count no more"]
         v.shot("3-edited")
 
+def test_a_page_without_a_model(browser, tmp_path):
+    "It says so, offers to train one, shows how that goes on, and stops it."
+    (tmp_path/"runs").mkdir()
+    with Server(tmp_path/"runs", tmp_path) as s, Visitor(browser, s.url) as v:
+        v.open()
+        assert "no trained model" in v.one(".ng-empty").inner_text()
+        v.one(".ng-demo").click()
+        v.shows("() => document.querySelector('.ng-demo-log')?.textContent")
+        v.page.evaluate("() => { part = document.querySelector('.ng-log > .ng-part'); said = part.textContent }")
+        v.shows("() => document.querySelector('.ng-log > .ng-part').textContent != said")
+        assert v.page.evaluate("() => part.isConnected")                             # drawn in its place: a new part would fade in
+        v.shot("15-training")
+        v.one("[data-do=demo_stop]").click()
+        v.one(".ng-demo").wait_for()
+        v.quiet()
+
 def number(v, knob, text):
     "Type a number into a knob: beside a slider stands its value, which can be written."
     box = v.page.locator(f".ng-knob-{knob} :is(.widget-readout, input)").first
@@ -175,6 +191,8 @@ def test_history_stays(server, browser, models):
         assert v.answers()==[SAID]
         v.one(".ng-search input").fill("鹈鹕")
         v.shows("() => document.querySelector('.ng-open')?.textContent.includes('鹈鹕')")
+        v.one(".ng-search input").fill("zzqq")
+        v.shows("() => document.querySelector('.ng-cards').textContent.includes('Nothing was found')")
         v.one(".ng-search input").fill("")
         v.shows("() => document.querySelectorAll('.ng-card').length > 1")
         card = ".ng-card:has(.ng-open[title*='pelican'])"
@@ -184,6 +202,7 @@ def test_history_stays(server, browser, models):
             if not v.one(f"{card} {at}").is_visible(): v.one(card).hover(); v.one(f"{card} summary").click()
             with v.page.expect_download() as got: v.one(f"{card} {at}").click()
             text = got.value.path().read_text(encoding="utf-8")
+            assert not v.one(f"{card} {at}").is_visible()                            # a menu shuts after each choice
             assert got.value.suggested_filename.endswith(name) and found in text.replace("\\", "")
         assert [o["role"] for o in json.loads(text)["turns"]]==["user", "assistant"]
         if not v.one(f"{card} .ng-rename").is_visible(): v.one(card).hover(); v.one(f"{card} summary").click()
