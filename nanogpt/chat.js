@@ -16,10 +16,9 @@ const saveText = (name, text, mime) => {
   setTimeout(() => URL.revokeObjectURL(url), 10_000)
 }
 
-const setTheme = theme => {
-  document.documentElement.dataset.theme = theme
-  try { localStorage.setItem("ng-theme", theme) } catch { /* a private window may refuse */ }
-}
+const keep = (where, name, value) => { try { window[where].setItem(name, value) } catch { /* a private window may refuse */ } }
+const kept = (where, name) => { try { return window[where].getItem(name) ?? "" } catch { return "" } }
+const setTheme = theme => { document.documentElement.dataset.theme = theme; keep("localStorage", "ng-theme", theme) }
 const dark = () => getComputedStyle(document.documentElement).getPropertyValue("color-scheme").includes("dark") ||
   (document.documentElement.dataset.theme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches)
 
@@ -30,7 +29,7 @@ function render({model, el}) {
   const part = key => [...el.children].find(o => o.dataset.part === key)
   const grow = box => { box.style.height = "auto"; box.style.height = Math.min(box.scrollHeight, innerHeight * .4) + "px" }
   const alone = () => "voila" in document.body.dataset                   // a page of its own, not a cell in JupyterLab
-  const narrow = () => matchMedia("(max-width: 900px)").matches
+  const small = matchMedia("(max-width: 900px)"), narrow = () => small.matches
   let follow = true                                                      // stay at the end while the answer grows
 
   el.classList.add("ng-board", ...model.get("css").split(" "))
@@ -75,6 +74,7 @@ function render({model, el}) {
       at.querySelector(`[data-grow="${o.k}"]`)?.insertAdjacentHTML("beforeend", o.html)
       const meter = at.querySelector(`[data-meter="${o.k}"]`); if (meter) meter.textContent = o.meter
     },
+    at: o => keep("sessionStorage", "ng-conversation", o.conversation), // this tab's own, until it is closed
     mark: o => app().classList.toggle(o.name, o.on),
     fill: o => lend(o.text),
     edit: o => { app().classList.add("ng-editing"); draft = [own(), draft].filter(Boolean).join("\n"); write(lent = o.text); look() },
@@ -123,7 +123,11 @@ function render({model, el}) {
     b.closest("details")?.removeAttribute("open")                        // a menu is done with
     if (b.dataset.close && narrow()) app().classList.remove("ng-show-left", "ng-show-right")
   })
-  on(el, "change", e => { if (e.target.matches("select[data-do]")) say(e.target.dataset.do, e.target.dataset.arg, e.target.value) })
+  on(el, "change", e => {
+    if (!e.target.matches("select[data-do]")) return
+    if (e.target.dataset.do === "language") keep("localStorage", "ng-language", e.target.value)
+    say(e.target.dataset.do, e.target.dataset.arg, e.target.value)
+  })
   on(el, "submit", e => {
     e.preventDefault()
     const fields = Object.fromEntries(new FormData(e.target)), typed = e.target.querySelector("textarea")
@@ -150,16 +154,16 @@ function render({model, el}) {
   const arrive = () => {                                                 // once the root is in the page
     if (!el.closest(".ng-app")) return off.signal.aborted || requestAnimationFrame(arrive)
     app().classList.toggle("ng-page", alone()); document.body.classList.toggle("ng-body", alone())
-    if (!narrow()) app().classList.add("ng-show-left")
+    const fold = () => { app().classList.toggle("ng-show-left", !narrow()); if (narrow()) app().classList.remove("ng-show-right") }
+    fold(); on(small, "change", fold)                                    // a drawer beside the chat is in order, one over it nobody has opened
     on(app(), "ng-fill", e => lend(e.detail))
     on(app(), "click", e => { if (e.target === app()) app().classList.remove("ng-show-left", "ng-show-right") })
     if (alone() && !narrow()) el.querySelector("textarea")?.focus()
   }
   if (model.get("css").includes("ng-composer")) arrive()
-  let kept = null
-  try { kept = localStorage.getItem("ng-theme") } catch { /* as above */ }
-  document.documentElement.dataset.theme ??= kept ?? "auto"
-  say("ready", model.get("css").split(" ")[0], {languages: navigator.languages.join(",")})
+  document.documentElement.dataset.theme ??= kept("localStorage", "ng-theme") || "auto"
+  say("ready", model.get("css").split(" ")[0], {languages: navigator.languages.join(","), language: kept("localStorage", "ng-language"),
+                                                conversation: kept("sessionStorage", "ng-conversation")})
   return () => { off.abort(); sizes.disconnect(); model.off("msg:custom", listen) }
 }
 export default {render}

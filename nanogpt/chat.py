@@ -247,7 +247,9 @@ class App(Look):
     def _on_ready(self, arg, value):
         if arg!="ng-composer": return # one board of many: the page has come
         wanted = value["languages"] if self.settings["language"]=="auto" else self.lang
-        self.speak(pick_language(wanted))
+        self.speak(pick_language(",".join(filter(None, (value.get("language"), wanted))))) # what was chosen here before comes first
+        there = {str(o.id) for o in self.history.cards()} # the one that was open before a reload, unless it is gone
+        if self.conversation is None and value.get("conversation") in there: self._on_open(value["conversation"], "")
         self.find() # what was found when the kernel was made ready may be old
     def _on_language(self, arg, value): self.settings["language"] = value; self.speak(value)
     def _on_close(self, arg, value): self.frame.notes.show({})

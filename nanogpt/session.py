@@ -139,6 +139,7 @@ class Talks:
         "Draw the open conversation anew."
         turns = self.turns()
         self.frame.log.show({} if turns else {"empty": self.empty()})
+        self.frame.composer.tell("at", conversation=self.conversation or "") # a reload finds its way back
         for o in exchanges(turns): self.group(o)
         self.cards()
     def _leave(self): # an answer that nobody waits for is stopped, what it has said is kept; an edit is given up
@@ -149,9 +150,7 @@ class Talks:
         self._leave(); self.conversation,kept = int(arg),self.history.about(int(arg))
         self._turn({k:v for k,v in kept["settings"].items() if k in DEFAULTS} | dict(system=kept["system"]))
         self.show()
-    def _turn(self, values): # puts knobs somewhere else; the others stay
-        self.values |= values
-        self.frame.panel.turn(self.values)
+    def _turn(self, values): self.values |= values; self.frame.panel.turn(self.values) # puts knobs somewhere else
 
 # %% ../nbs/19i_session.ipynb #c863d3d9
 @dataclass

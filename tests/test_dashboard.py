@@ -241,7 +241,17 @@ def test_history_stays(server, browser, models):
         v.one(".ng-new").click()
         v.shows("() => !document.querySelector('.ng-turn')")
         v.ask("鹈鹕在哪里？")
+        v.one(".ng-language").select_option("zh")
+        v.shows("() => document.documentElement.lang.startsWith('zh')")
         v.open()                                                                     # as after a restart: all comes from the file
+        v.shows("() => document.documentElement.lang.startsWith('zh') && document.querySelector('.ng-user')")
+        assert v.questions()==["鹈鹕在哪里？"]                                         # the conversation and the language are as before
+        v.one(".ng-language").select_option("en")
+        v.shows("() => document.documentElement.lang == 'en'")
+        other = v.context.new_page()                                                 # another tab begins with nothing open
+        other.goto(server.url)
+        other.wait_for_function("() => document.querySelector('.ng-starter')")
+        other.close()
         v.one(".ng-search input").fill("% _PELI")
         v.shows("() => document.querySelectorAll('.ng-card').length == 1")
         v.one(".ng-open").click()
@@ -358,6 +368,11 @@ def test_phone_dark_and_chinese(server, browser):
         v.shows("() => document.documentElement.dataset.theme == 'light'")
         assert v.page.evaluate(LIGHT, ".ng-answer .ng-text")[0]>.8
         v.page.set_viewport_size(dict(width=1920, height=1000))
+        v.shows("() => document.querySelector('.ng-show-left:not(.ng-show-right)')")
+        v.page.set_viewport_size(dict(width=360, height=740))                        # made narrow: nothing lies over the chat
+        v.shows("() => !document.querySelector('.ng-show-left, .ng-show-right')")
+        v.page.set_viewport_size(dict(width=1920, height=1000))
+        v.shows("() => document.querySelector('.ng-show-left')")
         v.shot("12-wide-light")
         assert v.page.evaluate(NARROW)==[0]
 
