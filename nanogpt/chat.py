@@ -105,8 +105,7 @@ class Models(Desk):
         if wanted and wanted not in self.known: options.insert(0, (title(Path(wanted).name), wanted))
         if not options: return self._loading("")
         options.sort(key=lambda o: o[1]!=wanted) # the one that is wanted, or the newest, comes first
-        self.frame.model.options = options
-        self.frame.model.index = 0
+        self.frame.model.options = options; self.frame.model.index = 0
         self._on_pick(self.frame.model.value, "")
     def _on_pick(self, arg, value):
         if not arg or arg==self.picked: return
@@ -167,15 +166,17 @@ class Welcome(Models):
 class Look(Welcome):
     "What else each token might have been, and where the model looked."
     seen,gazed = None,None
+    def _known(self, arg):
+        if int(arg) in self.looks: return self.looks[int(arg)]
+        raise ConfigError("one can look into answers of this visit only", "press Regenerate to have it made anew")
     def _look(self, name, why, parts):
-        shut = press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut")
-        self.frame.peek.show({"head": tag("div", tag("h2", plain(name)), shut, css="ng-peek-top")+tag("p", plain(why)), **parts})
+        head = tag("div", tag("h2", plain(name)), press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut"), css="ng-peek-top")
+        self.frame.peek.show(dict(head=head+(tag("p", plain(why)) if why else ""), **parts))
         self._open(True)
-    def _open(self, on):
-        for name in ("ng-peeking","ng-show-right"): self.frame.composer.tell("mark", name=name, on=on)
+    def _open(self, on): [self.frame.composer.tell("mark", name=name, on=on) for name in ("ng-peeking","ng-show-right")]
     def _on_peek_close(self, arg, value): self._open(False)
     def _on_tokens(self, arg, value):
-        path,ids,out = self.looks[int(arg)]
+        path,ids,out = self._known(arg)
         def work():
             o = self.shelf.load(path)
             return o.tok,SimpleNamespace(ids=out.ids, logprobs=hindsight(o.model, o.tok, ids, out.ids, 5))
@@ -186,15 +187,14 @@ class Look(Welcome):
         if seen[1].ids: self._on_token(0, "")
     def _on_token(self, arg, value): self.frame.peek.put("odds", alternatives_html(*self.seen, int(arg), self.t))
     def _on_attention(self, arg, value):
-        path,ids,out = self.looks[int(arg)]
+        path,ids,out = self._known(arg)
         def work():
             o = self.shelf.load(path)
             return [o.tok, [*ids, *out.ids], attention_weights(o.model, [*ids, *out.ids][:-1], len(out.ids)), o.model.cfg.n_layer-1, None]
         if out.ids: self.work(work, self._attention, alone=True)
     def _attention(self, gazed):
-        self.gazed,why = gazed,self.t("Each row is a token of the answer, each column one before it: the darker, the more it counted.")
-        self._look(self.t("Attention"), why, {"which": self._which()})
-        self._map()
+        self.gazed = gazed
+        self._look(self.t("Attention"), "", {"which": self._which()}); self._map()
     def _which(self):
         L,H,_,_ = self.gazed[2].shape
         option = lambda v,s,on: tag("option", plain(str(s)), value=v, selected=v==on)
