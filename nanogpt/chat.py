@@ -170,9 +170,9 @@ class Look(Welcome):
         if int(arg) in self.looks: return self.looks[int(arg)]
         raise ConfigError("one can look into answers of this visit only", "press Regenerate to have it made anew")
     def _look(self, name, why, parts):
-        head = tag("div", tag("h2", plain(name)), press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut"), css="ng-peek-top")
-        self.frame.peek.show(dict(head=head+(tag("p", plain(why)) if why else ""), **parts))
-        self._open(True)
+        shut = press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut")
+        head = tag("div", tag("h2", plain(name)), shut, css="ng-peek-top")+(tag("p", plain(why)) if why else "")
+        self.frame.peek.show(dict(head=head, **parts)); self._open(True)
     def _open(self, on): [self.frame.composer.tell("mark", name=name, on=on) for name in ("ng-peeking","ng-show-right")]
     def _on_peek_close(self, arg, value): self._open(False)
     def _on_tokens(self, arg, value):
