@@ -1426,6 +1426,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nanogpt.trainer.Trainer.step': ('trainer.html#trainer.step', 'nanogpt/trainer.py'),
                                  'nanogpt.trainer._clock': ('trainer.html#_clock', 'nanogpt/trainer.py'),
                                  'nanogpt.trainer._sha': ('trainer.html#_sha', 'nanogpt/trainer.py'),
+                                 'nanogpt.trainer.exact': ('trainer.html#exact', 'nanogpt/trainer.py'),
                                  'nanogpt.trainer.kept_memory': ('trainer.html#kept_memory', 'nanogpt/trainer.py'),
                                  'nanogpt.trainer.pick_kernel': ('trainer.html#pick_kernel', 'nanogpt/trainer.py'),
                                  'nanogpt.trainer.progress_line': ('trainer.html#progress_line', 'nanogpt/trainer.py'),
