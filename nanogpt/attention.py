@@ -89,7 +89,7 @@ def grouped(
     if T==S: return kernel(q, *(o.repeat_interleave(H//G, 1) for o in (k,v)), see, dropout) # no past: keep to the fast causal kernel
     if see is None: see = _causal(q, k)
     y = kernel(q.reshape(B, G, H//G*T, D), k, v, see.tile(H//G, 1), dropout)
-    return y.view(B, H, T, D)
+    return y.reshape(B, H, T, D)                                   # a copy where a GPU's kernel left another order
 
 # %% ../nbs/05_attention.ipynb #9074740c
 class Past(Protocol):
