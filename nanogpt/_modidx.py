@@ -1200,6 +1200,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nanogpt.shelf._base': ('shelf.html#_base', 'nanogpt/shelf.py'),
                                'nanogpt.shelf._describe': ('shelf.html#_describe', 'nanogpt/shelf.py'),
                                'nanogpt.shelf._folders': ('shelf.html#_folders', 'nanogpt/shelf.py'),
+                               'nanogpt.shelf._half': ('shelf.html#_half', 'nanogpt/shelf.py'),
                                'nanogpt.shelf._looks': ('shelf.html#_looks', 'nanogpt/shelf.py'),
                                'nanogpt.shelf._made': ('shelf.html#_made', 'nanogpt/shelf.py'),
                                'nanogpt.shelf._ours': ('shelf.html#_ours', 'nanogpt/shelf.py'),
