@@ -116,8 +116,9 @@ def describe(
     path = Path(path)
     name = name or path.as_posix()
     try:
-        if path.exists() or not hub_name(path.as_posix()): return Entry(name, path, **_describe(path))
-        return Entry(name, path, "hub", note="comes from the hub when it is chosen")
+        if not path.exists() and hub_name(path.as_posix()): return Entry(name, path, "hub", note="comes from the hub when it is chosen")
+        path = path if path.exists() else next((p for p,o in _stores() if o==path.as_posix()), path) # a name in NANOGPT_DATA
+        return Entry(name, path, **_describe(path))
     except NanoError as e: return Entry(name, path, "bad", note=e.what)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         return Entry(name, path, "bad", note=f"it cannot be read ({type(e).__name__}: {e})")

@@ -200,6 +200,10 @@ def test_names_of_the_hub(home, monkeypatch, tmp_path_factory):
     assert shelf.base(shelf.load(home/"own")).entry.name=="some/body" and describe(home/"lost").base is None
     asked = find_models(["gpt2"])
     assert [(e.name, e.kind) for e in asked]==[("gpt2", "hub")] and "hub" in asked[0].note
+    monkeypatch.setenv("NANOGPT_DATA", str(store/"data")) # a name that the hub does not know
+    save_hub(store/"data/models/mine", make(position="rotary", norm="rms", mlp="swiglu", bias=False), TOK, "llama")
+    assert describe("mine").kind=="hub" and describe("mine").note=="llama" and shelf.load("mine").model is not None
+    assert describe("theirs").kind=="bad"
 
 def test_the_base_is_found_after_a_move(home, tmp_path_factory):
     to = tmp_path_factory.mktemp("else")/"there"
