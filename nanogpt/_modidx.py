@@ -278,6 +278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nanogpt.commands.ckpt_latest': ('commands.html#ckpt_latest', 'nanogpt/commands.py'),
                                   'nanogpt.commands.ckpt_list': ('commands.html#ckpt_list', 'nanogpt/commands.py'),
                                   'nanogpt.commands.ckpt_verify': ('commands.html#ckpt_verify', 'nanogpt/commands.py'),
+                                  'nanogpt.commands.program': ('commands.html#program', 'nanogpt/commands.py'),
                                   'nanogpt.commands.run_data': ('commands.html#run_data', 'nanogpt/commands.py'),
                                   'nanogpt.commands.run_eval': ('commands.html#run_eval', 'nanogpt/commands.py'),
                                   'nanogpt.commands.run_export': ('commands.html#run_export', 'nanogpt/commands.py'),

@@ -427,7 +427,7 @@ def test_progress_and_results_are_apart(shards, tmp_path):
     "Progress goes to stderr, the result to stdout: a pipe gets the result alone, and it says what to type next."
     done = run(*PRETRAIN, "--data", shards, "--out", tmp_path/"run", "--steps", 2)
     first, second = done.stdout.splitlines()
-    assert "done after 2 steps" in first and second.startswith("next: nanogpt generate --model")
+    assert "done after 2 steps" in first and second.startswith("next: python -m nanogpt generate --model")
     assert "loss" in done.stderr and "\r" not in done.stderr
 
 # ---- the terminal chat -----------------------------------------------------------------------------------------------
