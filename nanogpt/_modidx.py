@@ -360,6 +360,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nanogpt.course._known': ('course.html#_known', 'nanogpt/course.py'),
                                 'nanogpt.course._packaged': ('course.html#_packaged', 'nanogpt/course.py'),
                                 'nanogpt.course._panel': ('course.html#_panel', 'nanogpt/course.py'),
+                                'nanogpt.course._plain': ('course.html#_plain', 'nanogpt/course.py'),
                                 'nanogpt.course._source': ('course.html#_source', 'nanogpt/course.py'),
                                 'nanogpt.course._value': ('course.html#_value', 'nanogpt/course.py'),
                                 'nanogpt.course.brief': ('course.html#brief', 'nanogpt/course.py'),
