@@ -170,7 +170,7 @@ def test_set_password(tmp_path, monkeypatch, call):
             code, out, err = call("chat", "--set_password", *words)
             path = (tmp_path/"config/nanogpt/password", tmp_path/"own/secret")[k]
             text = path.read_text()
-            assert code==0 and path.stat().st_mode & 0o777==0o600 and str(path) in err
+            assert code==0 and path.stat().st_mode & 0o777==0o600 and str(path) in err and "next start" in err
             assert text.startswith("$argon2id$") and door.matches(text.strip(), PASSWORD) and not door.matches(text.strip(), PASSWORD+"!")
             assert PASSWORD not in text+out+err and len(list(path.parent.iterdir()))==1
     finally: os.umask(old)
