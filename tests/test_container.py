@@ -33,7 +33,7 @@ from nanogpt.generate import ChatConfig
 
 DEPLOY = ROOT/"deploy"
 DOCKERFILES = [DEPLOY/"Dockerfile", DEPLOY/"space"/"Dockerfile"]
-SINGLE = [DEPLOY/name for name in ("compose.yaml", "compose.cuda.yaml", "Caddyfile", "nginx.conf", "nanogpt-chat.service", "space/README.md")]
+SINGLE = [DEPLOY/name for name in "compose.yaml compose.cuda.yaml Caddyfile nginx.conf nanogpt-chat.service space/README.md".split()]
 LABELLED = [*DOCKERFILES, *SINGLE, ROOT/"docs"/"deployment.md"]
 PREFIX = "NANOGPT_CHAT_"
 SETTINGS = {f.name: f for f in fields(ChatConfig)}
@@ -190,7 +190,8 @@ def test_the_unit(monkeypatch):
     assert words[0].endswith("/nanogpt") and isinstance(cfg, ChatConfig) and cfg.names==(NAME,) and cfg.proxy and not cfg.open
     assert cfg.password_file.name==of["LoadCredential"][0].split(":")[0] and "PASSWORD_HASH" not in read(UNIT)
     assert all(v.startswith(("%S/"+of["StateDirectory"][0], "%d/")) for v in env.values())
-    assert of["User"]==["nanogpt"] and of["CapabilityBoundingSet"]==[""] and of["ProtectSystem"]==["strict"] and of["NoNewPrivileges"]==["yes"]
+    assert of["User"]==["nanogpt"] and of["CapabilityBoundingSet"]==[""]
+    assert of["ProtectSystem"]==["strict"] and of["NoNewPrivileges"]==["yes"]
     page = read(ROOT/"docs"/"deployment.md")
     assert of["LoadCredential"][0].split(":")[1] in page and of["EnvironmentFile"][0].lstrip("-") in page and words[0] in page
 
@@ -236,7 +237,8 @@ def test_the_page():
     for name in re.findall(r"deploy/[\w./-]+\w", text): assert (ROOT/name).exists(), name
     assert [p.name for p in [*DOCKERFILES, *SINGLE, DEPLOY/"chat.env"] if f"deploy/{p.relative_to(DEPLOY).parts[0]}" not in text]==[]
 
-@pytest.mark.parametrize("file, copy", [("/data/share/nanogpt/chat.db", "/data/copy.db"), ("~/.local/share/nanogpt/chat.db", "chat-copy.db")])
+@pytest.mark.parametrize("file, copy", [("/data/share/nanogpt/chat.db", "/data/copy.db"),
+                                        ("~/.local/share/nanogpt/chat.db", "chat-copy.db")])
 def test_a_copy_of_the_conversations(tmp_path, file, copy):
     "The page's own lines copy a history while somebody writes to it."
     code, = [o for o in re.findall(r"-c \"(import [^\"]*)", read(ROOT/"docs"/"deployment.md")) if file in o]
