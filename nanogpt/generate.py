@@ -232,7 +232,7 @@ def run_chat(
     "Serve the dashboard until it is stopped; with --terminal, talk there until /quit."
     if cfg.set_password:
         save_hash(path := cfg.password_file or password_place(), make_hash(typed_password()))
-        say(f"the hash of the password is kept in {path}; the dashboard will ask for it"); return 0
+        say(f"the hash of the password is kept in {path}; a dashboard asks for it from its next start on"); return 0
     somebody(cfg)
     if not cfg.terminal:
         from nanogpt.host import serve  # Jupyter takes its second to import
