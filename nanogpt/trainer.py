@@ -149,13 +149,17 @@ def exact(
     device:Device, # where to compute
 ):
     "The context in which the same step gives the same bits. Source: PyTorch's notes on reproducibility."
-    before,util = torch.are_deterministic_algorithms_enabled(),torch.utils.deterministic
-    filled,util.fill_uninitialized_memory = util.fill_uninitialized_memory,False   # a safeguard for debugging, and slow
-    torch.use_deterministic_algorithms(device.name=="cuda" or before)              # a processor's kernels keep their order by themselves
+    if device.name!="cuda": yield; return                                          # a processor's kernels keep their order by themselves
+    key,util = "CUBLAS_WORKSPACE_CONFIG",torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(),util.fill_uninitialized_memory,os.environ.get(key)
+    os.environ.setdefault(key, ":4096:8")                                          # parsed at every product: not outside of training
+    util.fill_uninitialized_memory = False                                         # a safeguard for debugging, and slow
+    torch.use_deterministic_algorithms(True)
     try: yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        util.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0])
+        util.fill_uninitialized_memory = before[1]
+        if before[2] is None: del os.environ[key]
 
 # %% ../nbs/11a_trainer.ipynb #c3e5b420
 def _clock(seconds): return f"{int(seconds)//60}:{int(seconds)%60:02d}"

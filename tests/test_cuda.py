@@ -109,7 +109,7 @@ def test_the_same_words(trained, tmp_path):
         assert here["text"]==there["text"]
     assert spoken(trained, "--device", "cuda")["text"]
     for kind in ("int8", "int4"):
-        run("quantize", "--model", trained, "--out", tmp_path/kind, "--kind", kind)
+        run("quantize", "--model", trained, "--out", tmp_path/kind, "--kind", kind, "--group", 16)
         assert spoken(tmp_path/kind, "--device", "cuda")["text"]
 
 def test_the_same_measures(trained, tmp_path):
