@@ -19,21 +19,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
-from .attention import KERNELS
-from .bulk import write_shards
-from .cache import KVCache
-from .core import ConfigError, pick_device, seed
-from .corpus import documents, held_out
-from .crew import cores, crew, in_order
-from .model import GPT, PRESETS, GPTConfig, flops
-from .optim import optimizers
-from .pieces import BulkConfig
-from .ready import narrow
-from .settings import arg, show
-from .tokenizer import get_tokenizer
-from .trainer import exact, kept_memory, pick_kernel
+from nanogpt.attention import KERNELS
+from nanogpt.bulk import write_shards
+from nanogpt.cache import KVCache
+from nanogpt.core import ConfigError, pick_device, seed
+from nanogpt.corpus import documents, held_out
+from nanogpt.crew import cores, crew, in_order
+from nanogpt.model import GPT, PRESETS, GPTConfig, flops
+from nanogpt.optim import optimizers
+from nanogpt.pieces import BulkConfig
+from nanogpt.ready import narrow
+from nanogpt.settings import arg, show
+from nanogpt.tokenizer import get_tokenizer
+<<<<<<< /tmp/tmpi1jle4lp/o
+from nanogpt.trainer import exact, kept_memory, pick_kernel
+=======
+from nanogpt.trainer import kept_memory, pick_kernel
+from nanogpt.window import answering
+>>>>>>> /tmp/tmpi1jle4lp/t
 
 # %% ../nbs/39_bench.ipynb #3a4c9183
 def best_seconds(
@@ -134,17 +138,19 @@ def bench_train(
 @torch.inference_mode()
 def timed_answer(
     model:GPT,     # in evaluation mode
-    prompt:Tensor, # (B,T) ids
+    prompt:torch.Tensor, # (B,T) ids
     tokens:int,    # how many to write after the first
 )->tuple:          # seconds to the first token, seconds for the others, and all ids (B,1+tokens)
     "Greedy tokens after a prompt, through the cache; the head is asked for the last place alone."
-    cache,start = KVCache(model.cfg, len(prompt), prompt.size(1)+tokens, model.transformer.ln_f.weight),time.perf_counter()
-    ids = [model.lm_head(model.hidden(prompt, cache)[:,-1:]).argmax(-1)]
-    ids[0].sum().item()                                                # wait for the device
-    first = time.perf_counter()
-    for _ in range(tokens): ids.append(model(ids[-1], cache).argmax(-1))
-    ids = torch.cat(ids, 1).cpu()
-    return first-start, time.perf_counter()-first, ids
+    (B,T),start = prompt.shape,time.perf_counter()
+    cache = KVCache(model.cfg, B, T+tokens, model.transformer.ln_f.weight)
+    with answering(model, B, T+tokens):                                # what packing takes is a part of the first token
+        ids = [model.lm_head(model.hidden(prompt, cache)[:,-1:]).argmax(-1)]
+        ids[0].sum().item()                                            # wait for the device
+        first = time.perf_counter()
+        for _ in range(tokens): ids.append(model(ids[-1], cache).argmax(-1))
+        ids = torch.cat(ids, 1).cpu()
+        return first-start, time.perf_counter()-first, ids
 
 def bench_generate(
     cfg:BenchConfig, # what to measure
@@ -164,7 +170,7 @@ def bench_generate(
 @torch.inference_mode()
 def product_seconds(
     model:GPT,  # in evaluation mode, its linears of any kind
-    ids:Tensor, # (B,1) one token of each text
+    ids:torch.Tensor, # (B,1) one token of each text
     steps:int,  # how many
 )->float:
     "What the linears of so many steps take with nothing between them: the floor that their kernels set."
@@ -173,9 +179,10 @@ def product_seconds(
     hooks = [m.register_forward_hook(lambda m, x, _: calls.append((m, *x))) for m in linears]
     model(ids)
     for h in hooks: h.remove()
-    start = time.perf_counter()
-    for m,x in calls*steps: m(x)
-    return time.perf_counter()-start
+    with answering(model, len(ids), 1):
+        start = time.perf_counter()
+        for m,x in calls*steps: m(x)
+        return time.perf_counter()-start
 
 # %% ../nbs/39_bench.ipynb #b556ccc6
 def bench_text(
