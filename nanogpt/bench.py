@@ -20,24 +20,20 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from nanogpt.attention import KERNELS
-from nanogpt.bulk import write_shards
-from nanogpt.cache import KVCache
-from nanogpt.core import ConfigError, pick_device, seed
-from nanogpt.corpus import documents, held_out
-from nanogpt.crew import cores, crew, in_order
-from nanogpt.model import GPT, PRESETS, GPTConfig, flops
-from nanogpt.optim import optimizers
-from nanogpt.pieces import BulkConfig
-from nanogpt.ready import narrow
-from nanogpt.settings import arg, show
-from nanogpt.tokenizer import get_tokenizer
-<<<<<<< /tmp/tmpi1jle4lp/o
-from nanogpt.trainer import exact, kept_memory, pick_kernel
-=======
-from nanogpt.trainer import kept_memory, pick_kernel
-from nanogpt.window import answering
->>>>>>> /tmp/tmpi1jle4lp/t
+from .attention import KERNELS
+from .bulk import write_shards
+from .cache import KVCache
+from .core import ConfigError, pick_device, seed
+from .corpus import documents, held_out
+from .crew import cores, crew, in_order
+from .model import GPT, PRESETS, GPTConfig, flops
+from .optim import optimizers
+from .pieces import BulkConfig
+from .ready import narrow
+from .settings import arg, show
+from .tokenizer import get_tokenizer
+from .trainer import exact, kept_memory, pick_kernel
+from .window import answering
 
 # %% ../nbs/39_bench.ipynb #3a4c9183
 def best_seconds(
