@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_tuned', 'load_for', 'has_end', 'Speaker', 'result', 'apart', 'answer', 'run_generate', 'plan', 'answer_prompts',
-           'ChatConfig', 'chosen', 'run_chat']
+           'ChatConfig', 'chosen', 'somebody', 'run_chat']
 
 # %% ../nbs/40d_generate.ipynb #40c00003
 import json
@@ -27,6 +27,7 @@ from .knobs import SampleConfig
 from .ready import load_ready, numbers_of
 from .sample import complete, stream
 from .settings import arg, settings, show
+from .shelf import describe, find_models
 from .speculate import Lookup, stream_ahead
 from .template import load_template
 from .terminal import chat_terminal
@@ -219,6 +220,17 @@ def chosen(
     "The settings of answers that somebody changed: what the page starts with."
     return {f.name:settings(cfg)[f.name] for f in fields(SampleConfig) if getattr(cfg, f.name)!=f.default}
 
+def somebody(
+    cfg:ChatConfig, # a command
+):
+    "Refuse, before anything starts, to talk to nobody: with the names of those who are there. The page needs none, it offers the demo."
+    if cfg.model is None: what = "--terminal needs to know whom to talk to" if cfg.terminal else ""
+    else: what = f"--model {cfg.model}: {e.note}" if (e := describe(cfg.model)).kind=="bad" else ""
+    if not what: return
+    good = [str(e.path) for e in find_models([cfg.runs]) if e.kind!="bad"]
+    make = "make one first: make demo, or nanogpt speedrun --out runs/demo; or name one that lies elsewhere with --model"
+    raise ConfigError(what, f"try --model {' or '.join(good[:3])}" if good else make)
+
 def run_chat(
     cfg:ChatConfig, # with whom, and how
     lines=None,     # what the user says; None: what is typed
@@ -226,12 +238,12 @@ def run_chat(
     "Serve the dashboard until it is stopped; with --terminal, talk there until /quit."
     if cfg.set_password:
         save_hash(path := cfg.password_file or password_place(), make_hash(typed_password()))
-        say(f"the hash of the password is kept in {path}; the dashboard will ask for it"); return 0
+        say(f"the hash of the password is kept in {path}; a dashboard asks for it from its next start on"); return 0
+    somebody(cfg)
     if not cfg.terminal:
         from nanogpt.host import serve  # Jupyter takes its second to import
 
         return serve(cfg, chosen(cfg))
-    if cfg.model is None: raise ConfigError("--terminal needs to know whom to talk to", "name a run, such as --model runs/demo/tuned")
     model,tok = load_for(cfg)
     if not is_tuned(cfg.model): say(f"{cfg.model} is not a tuned run: expect it to continue rather than to answer")
     chat_terminal(model, tok, cfg, lines, cfg.system, load_template(cfg.model, tok))
