@@ -183,6 +183,9 @@ def test_readme_shows_the_gpu():
     for told in (f"`{o['commands']['race']}`", o["date"], f"{run['steps']} steps, {run['tokens']/1e6:.0f} million tokens",
                  f"{run['first_loss']:.2f} to {run['val_losses'][-1][1]:.2f}", f"from {learnt[0]:.2f} to {learnt[1]:.2f}"):
         assert told in text, told
+    from nanogpt.model import PRESETS, flops
+    share = flops(PRESETS["gpt2"](), run["seq_len"])*run["median_tokens_per_second"]/o["datasheet_flops"]
+    assert f"Our own loop reached {share:.0%} on one H100".replace("%", " %") in " ".join(lesson("12a_plan"))
     for m in (o[side]["hellaswag.acc_norm"] for side in ("before", "after")): assert m["low"]<m["chance"]+.005 and m["n"]==10_042 # guessing
 
 def test_memory_foretells_the_gpu(monkeypatch):
