@@ -19,9 +19,10 @@ import torch
 from . import checkpoint as ck
 from .batch import answer_file, question_of, row_settings
 from .beam import BeamConfig, beam
+from .contrast import ContrastConfig, contrast, stream_contrast
 from .core import ConfigError, ShapeError, around, read_json, say
 from .door import HostConfig, make_hash, password_place, save_hash, typed_password
-from .flags import GenerateConfig, PlaceConfig, knobs
+from .flags import SEARCHES, GenerateConfig, PlaceConfig, knobs
 from .knobs import SampleConfig
 from .ready import load_ready, numbers_of
 from .sample import complete, stream
@@ -82,8 +83,10 @@ class Speaker:
         else:
             first = [dict(role="system", content=self.cfg.system)]*bool(self.cfg.system)
             out = self.template.prompt([*first, dict(role="user", content=said)] if isinstance(said, str) else said)
-        if len(out)>(most := self.model.cfg.block_size) and getattr(cfg or self.cfg, "overflow", "refuse")=="refuse":
-            raise ShapeError(f"the prompt has {len(out)} tokens, the context is {most}", "shorten it, or give --overflow slide")
+        block,tries = self.model.cfg.block_size,isinstance(cfg, ContrastConfig) # who tries a token needs a place for it
+        if len(out)>block-tries and getattr(cfg or self.cfg, "overflow", "refuse")=="refuse":
+            raise ShapeError(f"the prompt has {len(out)} tokens, the context is {block}"+" and one more is to be tried"*tries,
+                             "shorten it" if tries else "shorten it, or give --overflow slide")
         return out
 
 # %% ../nbs/40d_generate.ipynb #40c00031
@@ -108,8 +111,9 @@ def apart(
     "Groups in which no prompt comes twice, each job once: the dice count how often a prompt came before with the same seed."
     groups = []
     for ids,cfg in dict.fromkeys(jobs):
-        key = cfg if isinstance(cfg, BeamConfig) else (cfg.seed, ids)
-        fits = lambda g, key=key, cfg=cfg: set(g)=={key} if isinstance(cfg, BeamConfig) else key not in g
+        search = isinstance(cfg, tuple(SEARCHES.values()))
+        key = cfg if search else (cfg.seed, ids)
+        fits = lambda g, key=key, search=search: set(g)=={key} if search else key not in g
         if not (group := next((g for g in groups if fits(g)), None)): groups.append(group := {})
         group.setdefault(key, []).append((ids, cfg))
     return [sum(g.values(), []) for g in groups]
@@ -125,6 +129,7 @@ def answer(
         prompts,cfgs = [list(ids) for ids,_ in some],[cfg for _,cfg in some]
         rows = max(speaker.cfg.batch, *(cfg.n for cfg in cfgs)) # the answers to one prompt are made together
         if isinstance(cfgs[0], BeamConfig): made = beam(model, tok, prompts, cfgs[0], rows*cfgs[0].beams)
+        elif isinstance(cfgs[0], ContrastConfig): made = [[o] for o in contrast(model, tok, prompts, cfgs[0], rows*cfgs[0].top_k)]
         else: flat = iter(complete(model, tok, prompts, cfgs, rows)); made = [list(islice(flat, cfg.n)) for cfg in cfgs]
         done |= {job:result(o, tok) for job,o in zip(some, made, strict=True)}
     return [done[job] for job in jobs]
@@ -133,7 +138,8 @@ def answer(
 def _streamed(speaker, ids, shown, as_json):
     "The pieces to stdout as they come, if they shall be shown; how it ended."
     model,tok,draft,cfg = speaker.model,speaker.tok,speaker.draft,speaker.cfg
-    pieces = stream_ahead(model, draft, tok, ids, knobs(cfg), cfg.ahead) if draft else stream(model, tok, ids, knobs(cfg))
+    if draft: pieces = stream_ahead(model, draft, tok, ids, knobs(cfg), cfg.ahead)
+    else: pieces = (stream_contrast if cfg.contrast else stream)(model, tok, ids, knobs(cfg))
     while True:
         try: piece = next(pieces)
         except StopIteration as e: return result([e.value], tok)
