@@ -631,6 +631,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanogpt.host.hold': ('host.html#hold', 'nanogpt/host.py'),
                               'nanogpt.host.listen': ('host.html#listen', 'nanogpt/host.py'),
                               'nanogpt.host.notebook': ('host.html#notebook', 'nanogpt/host.py'),
+                              'nanogpt.host.remark': ('host.html#remark', 'nanogpt/host.py'),
                               'nanogpt.host.serve': ('host.html#serve', 'nanogpt/host.py'),
                               'nanogpt.host.spare': ('host.html#spare', 'nanogpt/host.py'),
                               'nanogpt.host.sweep': ('host.html#sweep', 'nanogpt/host.py')},
