@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import KVCache
+from .cache import PIECE, KVCache
 from .core import CheckpointError, ConfigError, ShapeError
 from .knobs import Knobs, SampleConfig
 from .model import GPT
@@ -22,7 +22,7 @@ from .rules import biases
 from .sample import Answer, _fits
 from .settings import arg
 from .tokenizer import Tokenizer
-from .window import check_room
+from .window import answering, check_room
 
 # %% ../nbs/17c_contrast.ipynb #17c0000d
 def similarity(
@@ -81,7 +81,7 @@ def _begin(model, prompts, more, k):
     longest,like = max(map(len, prompts)),model.transformer.ln_f.weight                  # the cache in the numbers of the stream
     cache = KVCache(model.cfg, len(prompts), longest, like=like)
     idx = torch.tensor([o+[0]*(longest-len(o)) for o in prompts], device=like.device)    # (P,T)
-    h = torch.cat([model.hidden(part, cache) for part in idx.split(512, 1)], 1)          # (P,T,C)
+    h = torch.cat([model.hidden(part, cache) for part in idx.split(PIECE, 1)], 1)          # (P,T,C)
     cache.set_lengths([len(o) for o in prompts])
     past = h.new_zeros(len(prompts), longest+more, h.size(-1))
     for row,new,o in zip(past, h, prompts, strict=True):
@@ -106,9 +106,8 @@ def _best(model, knobs, cache, past, h, cfg):
 @torch.inference_mode()
 def _run(model, tok, prompts, cfg, answers):
     "Fills the answers, one per prompt; after each token it yields whose it is, and its letters, perhaps none."
-    k,at,rows,training = min(cfg.top_k, tok.n_vocab),max(map(len, prompts)),list(range(len(prompts))),model.training
-    model.eval()
-    try:
+    k,at,rows,block = min(cfg.top_k, tok.n_vocab),max(map(len, prompts)),list(range(len(prompts))),model.cfg.block_size
+    with answering(model, len(rows)*k, min(block, at+cfg.max_tokens)):
         past,cache = _begin(model, prompts, cfg.max_tokens, k)
         knobs,h = Knobs([cfg.rules()]*len(rows), prompts, tok, past.device),past[:,at-1]    # h: (P,C)
         while rows:
@@ -118,13 +117,12 @@ def _run(model, tok, prompts, cfg, answers):
             at += 1
             for row,id in zip(rows, ids.tolist(), strict=True):
                 a = answers[row]
-                yield row, a.push(id, len(prompts[row])+len(a.ids)+1>=model.cfg.block_size)
+                yield row, a.push(id, len(prompts[row])+len(a.ids)+1>=block)
             stay = [i for i,row in enumerate(rows) if not answers[row].reason]
             if stay: cache.reorder((won[stay]+k*torch.tensor(stay, device=won.device)).repeat_interleave(k))
             if len(stay)<len(rows):
                 rows,past,h = [rows[i] for i in stay],past[stay],h[stay]
                 knobs.keep(stay)
-    finally: model.train(training)
 
 # %% ../nbs/17c_contrast.ipynb #17c00021
 def _check(model, tok, prompts, cfg, rows):

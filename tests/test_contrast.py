@@ -149,10 +149,12 @@ def test_refused_before_any_work(monkeypatch):
 
 def test_what_does_not_fit_into_memory(monkeypatch):
     monkeypatch.setattr(window, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(window, "machine_memory", lambda device: 200_000)
-    with pytest.raises(ConfigError, match="40 answers of up to 48 tokens") as e: contrast(toy(), Words(), [[3]], ContrastConfig(top_k=99))
+    model, tok = toy(), Words()
+    monkeypatch.setattr(window, "machine_memory", lambda device: window.batch_bytes(model, 3, 48))
+    with pytest.raises(ConfigError, match="40 answers of up to 48 tokens") as e: contrast(model, tok, [[3]], ContrastConfig(top_k=99))
     assert "smaller --top_k" in e.value.fix
-    assert contrast(toy(), Words(), [[3]], ContrastConfig(top_k=2))[0].ids
+    with pytest.raises(ConfigError, match="are free"): contrast(model, tok, [[3]], ContrastConfig(top_k=4))
+    assert contrast(model, tok, [[3]], ContrastConfig(top_k=3))[0].reason
 
 def test_the_model_is_left_as_it_was():
     model, tok, cfg = toy(end=.01).train(), Words(), ContrastConfig(max_tokens=20)
