@@ -118,7 +118,9 @@ def _state(path):
     return dict(path=str(path), valid=True, error=None)
 
 def _none(cfg, what="checkpoint"):
-    say(f"{cfg.dir} holds no {what}" if cfg.dir.is_dir() else f"there is no folder {cfg.dir}")
+    below = sorted(str(p.parent) for p in cfg.dir.glob("*/ckpt")) # the folder above some runs
+    more = f"; did you mean {' or '.join(below[:3])}?" if below else ""
+    say(f"{cfg.dir} holds no {what}{more}" if cfg.dir.is_dir() else f"there is no folder {cfg.dir}")
     return 3
 
 def ckpt_list(

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from random import Random
 
@@ -255,5 +256,10 @@ def play(
     "Show the picture with controls for its parameters, or alone where nothing can move."
     from IPython import get_ipython
     from ipywidgets import interact
-    if getattr(get_ipython(), "kernel", None) is None: draw()
-    else: interact(draw, **controls)
+    if getattr(get_ipython(), "kernel", None) is None: return draw()
+    @wraps(draw)
+    def shown(**values):
+        try: draw(**values)
+        except ConfigError as e: print(e) # a knob was turned too far: the two sentences, and no traceback
+    for o in interact(shown, **controls).widget.children[:-1]: # names are shown whole
+        o.style.description_width,o.layout.width = f"{.6*max(map(len, controls))+1:.0f}em","30em"

@@ -227,7 +227,8 @@ def somebody(
     if cfg.model is None: what = "--terminal needs to know whom to talk to" if cfg.terminal else ""
     else: what = f"--model {cfg.model}: {e.note}" if (e := describe(cfg.model)).kind=="bad" else ""
     if not what: return
-    good = [str(e.path) for e in find_models([cfg.runs]) if e.kind!="bad"]
+    good = [e.path for e in find_models([cfg.runs]) if e.kind!="bad"]
+    good = [str(o) for o in sorted(good, key=lambda o: Path(cfg.model or "") not in o.parents)] # those below what was named come first
     make = "make one first: make demo, or nanogpt speedrun --out runs/demo; or name one that lies elsewhere with --model"
     raise ConfigError(what, f"try --model {' or '.join(good[:3])}" if good else make)
 

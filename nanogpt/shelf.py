@@ -82,7 +82,8 @@ def _ours(path):
     if not path.is_dir(): raise CheckpointError("there is no such folder", "choose another")
     for home,file in ((path/"model", "config.json"), (path, "model.safetensors")):
         if (home/file).exists() and (home/"config.json").exists(): return _whole(home), "half a demo: not tuned yet"*_half(path)
-    why = CheckpointError("nothing is saved yet", "wait for its first checkpoint, or train it on")
+    begun = (path/"ckpt").is_dir() or (path/"log.jsonl").exists()
+    why = CheckpointError("nothing is saved yet" if begun else "there is no model in it", "wait for its first checkpoint, or train it on")
     for home in reversed(checkpoints(path)):
         end = read_json(path/"exit.json")["reason"] if (path/"exit.json").exists() else ""
         try: return _whole(home), f"not finished: step {int(home.name[5:]):,}, {_ENDS.get(end, end) or 'still training, or killed'}"

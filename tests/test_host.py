@@ -160,6 +160,14 @@ def test_the_verb_refuses_too(tmp_path, monkeypatch, call):
     monkeypatch.setenv("NANOGPT_CHAT_HOST", "0.0.0.0")
     one_message(refused(), "there is no password")
 
+def test_the_server_says_that_visitors_share(server, kept):
+    "Whoever opens it to others reads on stderr where they come and that they share one history; alone, nothing is said."
+    s = server(password_file=kept, names=("chat.example.org",), proxy=True)
+    eventually(lambda: "as chat.example.org" in s.said())
+    assert "share one history" in s.said()
+    alone = server()
+    assert alone.ask("/health")[0]==200 and "history" not in alone.said()
+
 def test_set_password(tmp_path, monkeypatch, call):
     "One line of stdin becomes an argon2id hash that only the user can read; the password itself is nowhere."
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path/"config"))
