@@ -81,9 +81,9 @@ def _begin(model, prompts, more, k):
     longest,like = max(map(len, prompts)),model.transformer.ln_f.weight                  # the cache in the numbers of the stream
     cache = KVCache(model.cfg, len(prompts), longest, like=like)
     idx = torch.tensor([o+[0]*(longest-len(o)) for o in prompts], device=like.device)    # (P,T)
-    h = torch.cat([model.hidden(part, cache) for part in idx.split(PIECE, 1)], 1)          # (P,T,C)
+    h = torch.cat([model.hidden(part, cache) for part in idx.split(PIECE, 1)], 1)        # (P,T,C)
     cache.set_lengths([len(o) for o in prompts])
-    past = h.new_zeros(len(prompts), longest+more, h.size(-1))
+    past = h.new_zeros(len(prompts), longest+min(more, model.cfg.block_size), h.size(-1))
     for row,new,o in zip(past, h, prompts, strict=True):
         row[:longest] = torch.cat([new[:1].expand(longest-len(o), -1), new[:len(o)]])
     rows = torch.arange(len(prompts), device=h.device).repeat_interleave(k)

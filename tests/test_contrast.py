@@ -124,6 +124,14 @@ def test_a_neighbour_changes_nothing():
         for p, o in zip(many, alone, strict=True): assert "".join(stream_contrast(model, tok, p, cfg))==o.text
     assert contrast(model, tok, [], cfg)==[]
 
+def test_as_long_as_the_context_allows():
+    "A limit far beyond the context costs no memory; every prompt, short or long, goes on until its own context is full."
+    model, tok, many = toy(end=.01), Words(), [[3], [4, 5, 6]*15, [7]*20]
+    cfg = ContrastConfig(max_tokens=10**9)
+    done = contrast(model, tok, many, cfg)
+    assert [len(p)+len(o.ids) for p, o in zip(many, done, strict=True)]==[48]*3 and {o.reason for o in done}=={"context"}
+    assert done==[contrast(model, tok, [p], cfg)[0] for p in many]
+
 def test_what_is_forbidden_never_wins():
     "A forbidden token would be new indeed; with fewer allowed than tried, it is not taken. Where none is left that is said."
     tok = Words(8)
