@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .core import CheckpointError, ConfigError
 from .knobs import repetition_penalty
-from .memory import human, machine_memory, resident_bytes
+from .memory import human
 from .model import GPT
 from .sample import _fits
 from .settings import arg
 from .tokenizer import Tokenizer
-from .window import Window, batch_bytes
+from .window import Window, answering, batch_bytes, free_bytes
 
 # %% ../nbs/17_beam.ipynb #6972a649
 def expand(
@@ -233,11 +233,12 @@ class BeamSearch:
         return [[_told(self.tok, self.cfg, *o) for o in sorted(found, key=lambda o: -o[0])[:self.cfg.n]] for found in ended]
 
 # %% ../nbs/17_beam.ipynb #a925689a
-def _room(model, longest, cfg):
+def _longest(model, prompts, cfg): return min(model.cfg.block_size, max(map(len, prompts), default=0)+cfg.max_tokens)
+
+def _room(model, prompts, cfg):
     "How many prompts fit into memory at once; raises ConfigError where not even one does."
-    length,device = min(model.cfg.block_size, longest+cfg.max_tokens),next(model.parameters()).device.type
+    length,free = _longest(model, prompts, cfg),free_bytes(model)
     row = batch_bytes(model, 1, length)
-    free = max(0, machine_memory(device)-(torch.cuda.memory_allocated() if device=="cuda" else resident_bytes()))
     need = (cfg.beams+1)*row                                                         # the prompt has a row of its own at first
     if free<need:
         fits = (free//row-1)//cfg.groups*cfg.groups
@@ -249,7 +250,7 @@ def _room(model, longest, cfg):
 def _check(model, tok, prompts, cfg, rows):
     "How many prompts may be searched side by side, if all are well."
     _fits(model, tok, prompts, [cfg]*len(prompts), "shorten it, or use a model with a longer context")
-    return max(1, min(rows//cfg.beams, _room(model, max(map(len, prompts), default=0), cfg)))
+    return max(1, min(rows//cfg.beams, _room(model, prompts, cfg)))
 
 def beam(
     model:GPT,      # any GPT; left in the mode it was in
@@ -260,13 +261,10 @@ def beam(
 )->list:            # one list of Hypothesis per prompt, in their order, the best first
     "The n best texts of each prompt; they do not depend on the neighbours. Raises ConfigError, ShapeError and DataError."
     together = _check(model, tok, prompts, cfg, rows)
-    order,out,training = sorted(range(len(prompts)), key=lambda k: len(prompts[k])),{},model.training # like with like: little padding
-    model.eval()
-    try:
-        for i in range(0, len(order), together):
-            some = order[i:i+together]
+    order,out = sorted(range(len(prompts)), key=lambda k: len(prompts[k])),{}             # like with like: little padding
+    for some in (order[i:i+together] for i in range(0, len(order), together)):
+        with answering(model, len(some)*cfg.beams, _longest(model, [prompts[k] for k in some], cfg)):
             search = BeamSearch(model, tok, [list(prompts[k]) for k in some], cfg)
             while search.step(): pass
             out |= zip(some, search.done(), strict=True)
-    finally: model.train(training)
     return [out[k] for k in range(len(prompts))]

@@ -19,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
 from .attention import KERNELS
 from .bulk import write_shards
@@ -33,7 +32,8 @@ from .pieces import BulkConfig
 from .ready import narrow
 from .settings import arg, show
 from .tokenizer import get_tokenizer
-from .trainer import kept_memory, pick_kernel
+from .trainer import exact, kept_memory, pick_kernel
+from .window import answering
 
 # %% ../nbs/39_bench.ipynb #3a4c9183
 def best_seconds(
@@ -53,9 +53,10 @@ def best_seconds(
 
 def peak_flops(
     device,       # a core.Device
-    n:int=1024,   # rows and columns of the product
+    n:int=0,      # rows and columns of the product; 0: enough to keep the device busy
 )->float:         # floating-point operations a second
     "The speed of a large matrix product in this device's numbers."
+    n = n or (8192 if device.name=="cuda" else 1024)
     a,b = torch.randn(2, n, n, device=device.name, dtype=getattr(torch, device.dtype))
     return 2*n**3/best_seconds([lambda: a@b], 8, device.name)[0]
 
@@ -68,6 +69,7 @@ class BenchConfig:
     "Measure speed on this machine."
     shape:str = arg("tiny", "the model", choices=tuple(SHAPES))
     batch:int = arg(0, "rows; 0: the shape's own")
+    seq_len:int = arg(0, "tokens in a row of training; 0: the shape's own")
     tokens:int = arg(64, "tokens to generate")
     prompt:int = arg(32, "tokens of the prompt before them")
     rounds:int = arg(5, "rounds; the best counts")
@@ -80,13 +82,15 @@ class BenchConfig:
     def __post_init__(self):
         low = [k for k in ("rounds", "tokens", "prompt") if getattr(self, k)<1]
         if low: raise ConfigError(f"--{low[0]}={getattr(self, low[0])} is too small", f"try --{low[0]} 5")
+        if not 0<=self.seq_len<=(room := SHAPES[self.shape][0]().block_size):
+            raise ConfigError(f"--seq_len={self.seq_len} is not within the context of {room}", f"try --seq_len {room}")
 
 def _model(cfg):
     if cfg.threads: torch.set_num_threads(cfg.threads)
     seed(0)
     make,batch,T = SHAPES[cfg.shape]
     device = pick_device(cfg.device, cfg.dtype)
-    return GPT(make()).to(device.name), cfg.batch or batch, T, device
+    return GPT(make()).to(device.name), cfg.batch or batch, cfg.seq_len or T, device
 
 def _row(cfg, device, batch, seconds, tokens, **more):
     return dict(shape=cfg.shape, dtype=device.dtype, batch=batch, seconds=seconds, tokens_per_second=tokens/seconds,
@@ -118,8 +122,10 @@ def bench_train(
     for b in model.transformer.h: b.attn.kernel = KERNELS[kernel]
     x,y = torch.randint(model.cfg.vocab_size, (2,B,T), device=device.name)
     loss = torch.compile(model.loss) if cfg.compile else model.loss
-    ours,peak = whole_step(device, model, optimizers(model), lambda: torch.div(*loss(x, y))),peak_flops(device)
-    with kept_memory(): seconds,*others = best_seconds([ours, *rivals], cfg.rounds, device.name) # as `fit` does
+    step,peak = whole_step(device, model, optimizers(model), lambda: torch.div(*loss(x, y))),peak_flops(device)
+    def ours():
+        with exact(device): step()                                     # as `fit` does, and so is the kept memory
+    with kept_memory(): seconds,*others = best_seconds([ours, *rivals], cfg.rounds, device.name)
     share = flops(model.cfg, T)*B*T/seconds/peak
     more = dict(peak_share=share, peak_flops=peak, kernel=kernel, compile=cfg.compile, seq_len=T, rivals=others)
     return _row(cfg, device, B, seconds, B*T, **more)
@@ -128,17 +134,19 @@ def bench_train(
 @torch.inference_mode()
 def timed_answer(
     model:GPT,     # in evaluation mode
-    prompt:Tensor, # (B,T) ids
+    prompt:torch.Tensor, # (B,T) ids
     tokens:int,    # how many to write after the first
 )->tuple:          # seconds to the first token, seconds for the others, and all ids (B,1+tokens)
     "Greedy tokens after a prompt, through the cache; the head is asked for the last place alone."
-    cache,start = KVCache(model.cfg, len(prompt), prompt.size(1)+tokens, model.transformer.ln_f.weight),time.perf_counter()
-    ids = [model.lm_head(model.hidden(prompt, cache)[:,-1:]).argmax(-1)]
-    ids[0].sum().item()                                                # wait for the device
-    first = time.perf_counter()
-    for _ in range(tokens): ids.append(model(ids[-1], cache).argmax(-1))
-    ids = torch.cat(ids, 1).cpu()
-    return first-start, time.perf_counter()-first, ids
+    (B,T),start = prompt.shape,time.perf_counter()
+    cache = KVCache(model.cfg, B, T+tokens, model.transformer.ln_f.weight)
+    with answering(model, B, T+tokens):                                # what packing takes is a part of the first token
+        ids = [model.lm_head(model.hidden(prompt, cache)[:,-1:]).argmax(-1)]
+        ids[0].sum().item()                                            # wait for the device
+        first = time.perf_counter()
+        for _ in range(tokens): ids.append(model(ids[-1], cache).argmax(-1))
+        ids = torch.cat(ids, 1).cpu()
+        return first-start, time.perf_counter()-first, ids
 
 def bench_generate(
     cfg:BenchConfig, # what to measure
@@ -158,7 +166,7 @@ def bench_generate(
 @torch.inference_mode()
 def product_seconds(
     model:GPT,  # in evaluation mode, its linears of any kind
-    ids:Tensor, # (B,1) one token of each text
+    ids:torch.Tensor, # (B,1) one token of each text
     steps:int,  # how many
 )->float:
     "What the linears of so many steps take with nothing between them: the floor that their kernels set."
@@ -167,9 +175,10 @@ def product_seconds(
     hooks = [m.register_forward_hook(lambda m, x, _: calls.append((m, *x))) for m in linears]
     model(ids)
     for h in hooks: h.remove()
-    start = time.perf_counter()
-    for m,x in calls*steps: m(x)
-    return time.perf_counter()-start
+    with answering(model, len(ids), 1):
+        start = time.perf_counter()
+        for m,x in calls*steps: m(x)
+        return time.perf_counter()-start
 
 # %% ../nbs/39_bench.ipynb #b556ccc6
 def bench_text(

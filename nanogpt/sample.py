@@ -21,7 +21,7 @@ from .model import GPT
 from .rules import biases
 from .settings import nearest
 from .tokenizer import Streamer, Tokenizer
-from .window import Window, check_room
+from .window import Window, answering, check_room
 
 # %% ../nbs/16c_sample.ipynb #78e88387
 @dataclass(frozen=True)
@@ -151,11 +151,13 @@ def _fits(model, tok, prompts, cfgs, fix):
         if min(ids)<0 or max(ids)>=tok.n_vocab:
             raise DataError(f"prompt {k} holds ids outside 0…{tok.n_vocab-1}", "encode it with this tokenizer")
 
+def _longest(model, prompts, cfgs):
+    return min(model.cfg.block_size, max((len(ids)+c.max_tokens for ids,c in zip(prompts, cfgs, strict=True)), default=1))
+
 def _check(model, tok, prompts, cfgs, rows):
     _fits(model, tok, prompts, cfgs, "shorten it, or let it slide: --overflow slide")
     for some in {c.logit_bias for c in cfgs}: biases(tok, some)
-    longest = max((len(ids)+c.max_tokens for ids,c in zip(prompts, cfgs, strict=True)), default=1)
-    check_room(model, min(rows, sum(c.n for c in cfgs)), min(model.cfg.block_size, longest))
+    check_room(model, min(rows, sum(c.n for c in cfgs)), _longest(model, prompts, cfgs))
 
 def _dice(prompts, cfgs):
     count,out = {},[]
@@ -168,9 +170,8 @@ def _dice(prompts, cfgs):
 def _run(model, tok, prompts, cfgs, dice, answers):
     "Fills the answers, one per prompt; after each token it yields whose it is, and its letters, perhaps none."
     room = lambda ids,c: math.inf if c.overflow=="slide" else model.cfg.block_size-len(ids) # tokens that can still be read
-    free,training = list(map(room, prompts, cfgs)),model.training
-    model.eval()
-    try:
+    free = list(map(room, prompts, cfgs))
+    with answering(model, len(prompts), _longest(model, prompts, cfgs)):
         decoder = Decoder(model, tok, prompts, cfgs, dice)
         while True:
             ids,ended = decoder.step(),False
@@ -183,7 +184,6 @@ def _run(model, tok, prompts, cfgs, dice, answers):
             alive = [not answers[row].reason for row in decoder.window.rows]
             if not any(alive): return
             decoder.keep(alive)
-    finally: model.train(training)
 
 # %% ../nbs/16c_sample.ipynb #16a00031
 def streams(

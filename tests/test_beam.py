@@ -260,10 +260,9 @@ def test_refused_before_any_work(monkeypatch):
 def test_what_does_not_fit_into_memory(monkeypatch):
     "The message names a number of beams that fits, and one more does not; prompts that do not fit together go one after the other."
     model, tok = toy(), Letters()
-    monkeypatch.setattr(module, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(module, "machine_memory", lambda device: 400_000)
+    monkeypatch.setattr(module, "free_bytes", lambda model: 2_000_000)
     wide = BeamConfig(beams=64)
-    with pytest.raises(ConfigError, match="--beams=64 texts of 48 tokens need about 2 MB") as e: beam(model, tok, [[3]], wide)
+    with pytest.raises(ConfigError, match="--beams=64 texts of 48 tokens need about 7 MB") as e: beam(model, tok, [[3]], wide)
     fits = BeamConfig(beams=int(e.value.fix.removeprefix("try --beams ")))
     assert len(beam(model, tok, [[3], [4, 5], [6]], fits))==3
     with pytest.raises(ConfigError): beam(model, tok, [[3]], replace(fits, beams=fits.beams+1))

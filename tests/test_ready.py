@@ -105,3 +105,39 @@ def test_threads_take_turns():
     for t in people: t.start()
     for t in people: t.join()
     assert len(seen)==1200 and all(seen) and torch.backends.mkldnn.enabled==before
+
+PEAK = """import json, sys, torch
+from nanogpt.cache import PIECE
+from nanogpt.core import peak_memory_bytes
+from nanogpt.knobs import SampleConfig
+from nanogpt.memory import give_back, resident_bytes
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.quant import quantize
+from nanogpt.ready import narrow, packed
+from nanogpt.sample import Decoder
+from nanogpt.tokenizer import Tokenizer
+from nanogpt.window import batch_bytes
+from random import Random
+kind,rows,copy = sys.argv[1], int(sys.argv[2]), sys.argv[3]=="copy"
+give_back()
+tok = Tokenizer.train(["the cat sat on the mat. the cat ran."]*3, 280)
+model = GPT(GPTConfig(vocab_size=4096, block_size=PIECE+4, n_layer=4, n_head=8, n_embd=512))
+model = quantize(model, kind) if "int" in kind else narrow(model, getattr(torch, kind))
+def go(rows, T): Decoder(model, tok, [[1+k]*(T-k) for k in range(rows)], [SampleConfig(max_tokens=4)]*rows, [Random(0)]*rows).step()
+go(2, 8)                                                            # what libraries take once
+before = peak_memory_bytes()
+with packed(model, rows if copy else 1, 10**12): go(rows, PIECE)
+print(json.dumps(dict(took=peak_memory_bytes()-before, said=batch_bytes(model, rows, PIECE+4))))"""
+
+def took(env, *words):
+    "What a batch took beside the model in a process of its own, and what was said of it, in bytes."
+    words = [sys.executable, "-c", PEAK, *map(str, words)]
+    return json.loads(subprocess.run(words, capture_output=True, text=True, env=env, check=True).stdout)
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell how much was held at most")
+def test_a_batch_needs_what_is_said(env):
+    "The memory of reading prompts and of a step, in a process of its own; the control: keys and values alone would be far too little."
+    plain, whole, copy = took(env, "bfloat16", 8, "plain"), took(env, "int8-dynamic", 6, "plain"), took(env, "bfloat16", 8, "copy")
+    for o in (plain, whole): assert .6*o["said"]<o["took"]<1.1*o["said"], o
+    assert plain["took"]>1.5*2*4*512*8*512*4                            # keys and values alone
+    assert .8*(weights := 2*(4*12*512**2+4096*512))<copy["took"]-plain["took"]<1.5*weights # a packed copy is as large as is said
