@@ -98,10 +98,11 @@ class Models(Desk):
         "Look at the folders; the model that was asked for, or else the newest tuned one, is loaded."
         self.work(self.shelf.entries, self._found, partial(self._went, self.picked))
     def _found(self, found):
-        good = [o for o in found if o.kind!="bad" and (o.tuned or not (self.demo and self.demo.child.returncode))] # half a demo is none
+        whole = any(o.finished and o.kind!="bad" for o in found) # half a demo is no model: rather another is offered
+        good = [o for o in found if whole and o.kind!="bad"]
         self.bad = [self.t("{name} cannot be used: {why}", name=o.name, why=o.note) for o in found if o.kind=="bad"]
-        self.known = {str(o.path):o.name for o in good}
-        options,wanted = [(title(o.name), str(o.path)) for o in good],self.picked or self.wanted
+        self.known = {str(o.path):o.name if o.finished else self.t("{name} (not finished)", name=o.name) for o in good}
+        options,wanted = [(title(name), path) for path,name in self.known.items()],self.picked or self.wanted
         if wanted and wanted not in self.known: options.insert(0, (title(Path(wanted).name), wanted))
         if not options: return self._loading("")
         options.sort(key=lambda o: o[1]!=wanted) # the one that is wanted, or the newest, comes first
@@ -113,8 +114,7 @@ class Models(Desk):
         self.work(partial(self.shelf.load, Path(arg)), partial(self._came, arg), partial(self._went, arg))
     def _came(self, arg, loaded):
         if arg!=self.picked: return # another was chosen meanwhile
-        self.loaded = loaded
-        self.frame.compare.value,self.frame.compare.disabled = False,not loaded.entry.base
+        self.loaded,self.frame.compare.value,self.frame.compare.disabled = loaded,False,not loaded.entry.base
         self._loading("")
     def _went(self, arg, error):
         if arg!=self.picked: return
