@@ -174,6 +174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nanogpt.chat.Frame.words': ('chat.html#frame.words', 'nanogpt/chat.py'),
                               'nanogpt.chat.Look': ('chat.html#look', 'nanogpt/chat.py'),
                               'nanogpt.chat.Look._attention': ('chat.html#look._attention', 'nanogpt/chat.py'),
+                              'nanogpt.chat.Look._known': ('chat.html#look._known', 'nanogpt/chat.py'),
                               'nanogpt.chat.Look._look': ('chat.html#look._look', 'nanogpt/chat.py'),
                               'nanogpt.chat.Look._map': ('chat.html#look._map', 'nanogpt/chat.py'),
                               'nanogpt.chat.Look._on_attention': ('chat.html#look._on_attention', 'nanogpt/chat.py'),

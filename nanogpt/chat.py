@@ -98,15 +98,15 @@ class Models(Desk):
         "Look at the folders; the model that was asked for, or else the newest tuned one, is loaded."
         self.work(self.shelf.entries, self._found, partial(self._went, self.picked))
     def _found(self, found):
-        good = [o for o in found if o.kind!="bad" and (o.tuned or not (self.demo and self.demo.child.returncode))] # half a demo is none
+        whole = any(o.finished and o.kind!="bad" for o in found) # half a demo is no model: rather another is offered
+        good = [o for o in found if whole and o.kind!="bad"]
         self.bad = [self.t("{name} cannot be used: {why}", name=o.name, why=o.note) for o in found if o.kind=="bad"]
-        self.known = {str(o.path):o.name for o in good}
-        options,wanted = [(title(o.name), str(o.path)) for o in good],self.picked or self.wanted
+        self.known = {str(o.path):o.name if o.finished else self.t("{name} (not finished)", name=o.name) for o in good}
+        options,wanted = [(title(name), path) for path,name in self.known.items()],self.picked or self.wanted
         if wanted and wanted not in self.known: options.insert(0, (title(Path(wanted).name), wanted))
         if not options: return self._loading("")
         options.sort(key=lambda o: o[1]!=wanted) # the one that is wanted, or the newest, comes first
-        self.frame.model.options = options
-        self.frame.model.index = 0
+        self.frame.model.options = options; self.frame.model.index = 0
         self._on_pick(self.frame.model.value, "")
     def _on_pick(self, arg, value):
         if not arg or arg==self.picked: return
@@ -114,8 +114,7 @@ class Models(Desk):
         self.work(partial(self.shelf.load, Path(arg)), partial(self._came, arg), partial(self._went, arg))
     def _came(self, arg, loaded):
         if arg!=self.picked: return # another was chosen meanwhile
-        self.loaded = loaded
-        self.frame.compare.value,self.frame.compare.disabled = False,not loaded.entry.base
+        self.loaded,self.frame.compare.value,self.frame.compare.disabled = loaded,False,not loaded.entry.base
         self._loading("")
     def _went(self, arg, error):
         if arg!=self.picked: return
@@ -167,15 +166,17 @@ class Welcome(Models):
 class Look(Welcome):
     "What else each token might have been, and where the model looked."
     seen,gazed = None,None
+    def _known(self, arg):
+        if int(arg) in self.looks: return self.looks[int(arg)]
+        raise ConfigError("one can look into answers of this visit only", "press Regenerate to have it made anew")
     def _look(self, name, why, parts):
         shut = press("peek_close", self.t("Close"), "", "ng-peek-close ng-bare", "shut")
-        self.frame.peek.show({"head": tag("div", tag("h2", plain(name)), shut, css="ng-peek-top")+tag("p", plain(why)), **parts})
-        self._open(True)
-    def _open(self, on):
-        for name in ("ng-peeking","ng-show-right"): self.frame.composer.tell("mark", name=name, on=on)
+        head = tag("div", tag("h2", plain(name)), shut, css="ng-peek-top")+(tag("p", plain(why)) if why else "")
+        self.frame.peek.show(dict(head=head, **parts)); self._open(True)
+    def _open(self, on): [self.frame.composer.tell("mark", name=name, on=on) for name in ("ng-peeking","ng-show-right")]
     def _on_peek_close(self, arg, value): self._open(False)
     def _on_tokens(self, arg, value):
-        path,ids,out = self.looks[int(arg)]
+        path,ids,out = self._known(arg)
         def work():
             o = self.shelf.load(path)
             return o.tok,SimpleNamespace(ids=out.ids, logprobs=hindsight(o.model, o.tok, ids, out.ids, 5))
@@ -186,15 +187,14 @@ class Look(Welcome):
         if seen[1].ids: self._on_token(0, "")
     def _on_token(self, arg, value): self.frame.peek.put("odds", alternatives_html(*self.seen, int(arg), self.t))
     def _on_attention(self, arg, value):
-        path,ids,out = self.looks[int(arg)]
+        path,ids,out = self._known(arg)
         def work():
             o = self.shelf.load(path)
             return [o.tok, [*ids, *out.ids], attention_weights(o.model, [*ids, *out.ids][:-1], len(out.ids)), o.model.cfg.n_layer-1, None]
         if out.ids: self.work(work, self._attention, alone=True)
     def _attention(self, gazed):
-        self.gazed,why = gazed,self.t("Each row is a token of the answer, each column one before it: the darker, the more it counted.")
-        self._look(self.t("Attention"), why, {"which": self._which()})
-        self._map()
+        self.gazed = gazed
+        self._look(self.t("Attention"), "", {"which": self._which()}); self._map()
     def _which(self):
         L,H,_,_ = self.gazed[2].shape
         option = lambda v,s,on: tag("option", plain(str(s)), value=v, selected=v==on)

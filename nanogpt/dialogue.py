@@ -243,6 +243,7 @@ _KNOWN = ( # what people meet in front of the page, as `explain` says it: these 
     phrase("The last question has no answer yet."), phrase("Wait for it, or stop it."),
     phrase("No model is loaded yet."), phrase("Wait a moment, or choose one above."),
     phrase("Another question waits for the model."), phrase("Wait a moment, or press Escape to take it back."),
+    phrase("One can look into answers of this visit only."), phrase("Press Regenerate to have it made anew."),
     phrase("There is no answer to make anew."), phrase("Ask something first."), phrase("Edit one of your own messages."),
     phrase("{label} = {value} is not from {low} to {high}."), phrase("Set {label} to {value}."),
     phrase("The model's scores are not finite."), phrase("Use an earlier checkpoint."))

@@ -224,7 +224,7 @@ def attention_html(
         places = ", ".join(f"{code(p)} {100*share:.0f} %" for p,share in looked(part, at, 3) if share>=.005)
         rows.append(f'<tr><th scope="row">{code(at)}</th><td>{places}</td></tr>')
     head_row = f'<tr><th scope="col">{plain(t("token"))}</th><th scope="col">{plain(t("looked at most"))}</th></tr>'
-    scale = plain(t("Down: the tokens of the answer. Across: the text before them, from its beginning.")+" "
-                  +t("Dark: at least half of what counted most in that row; each paler tone half as much; blank: less than a sixteenth."))
+    scale = plain(t("Down: the tokens of the answer. Across: the text before them, from its beginning.")+" "+
+        t("Full colour: at least half of what counted most in that row; each paler tone half as much; blank: less than a sixteenth."))
     return (f'<figure class="ng-looked"><figcaption>{label}</figcaption>{_map(part.mean(0), label)}<p class="ng-axes">{scale}</p>'
             f'<table><thead>{head_row}</thead><tbody>{"".join(rows)}</tbody></table></figure>')

@@ -120,7 +120,7 @@ class Talks:
         first,r = turns[0],self.running
         if first.role=="user": self.frame.log.put(f"u{first.id}", user_html(self.t, first))
         elif r and r.part==f"a{first.id}": self.frame.log.put(r.part, growing_html(self.t, [name for name,_,_ in r.sides], r.shown))
-        else: self.frame.log.put(f"a{first.id}", answers_html(self.t, turns, self.why, lambda o: o.id in self.looks))
+        else: self.frame.log.put(f"a{first.id}", answers_html(self.t, turns, self.why))
     def why(
         self,
         turn:Turn, # an answer

@@ -154,12 +154,11 @@ def answers_html(
     t:Callable, # the phrases
     turns:list, # Turns of the history: one, or several that were compared
     why:Callable, # Turn → the sentence that says why it ended, or ""
-    known:Callable, # Turn → may one look into it?
 )->str:
     "Finished answers: safe Markdown, a line of figures, and what can be done."
     def one(o):
         tools = [("copy", t("Copy"), "copy", True), ("regenerate", t("Regenerate"), "redo", not o.side),
-                 ("tokens", t("Tokens"), "odds", known(o)), ("attention", t("Attention"), "eye", known(o))]
+                 ("tokens", t("Tokens"), "odds", o.tokens), ("attention", t("Attention"), "eye", o.tokens)]
         under = "".join(press(act, label, o.id, f"ng-{act}", icon, title=label) for act,label,icon,on in tools if on)
         body = tag("div", markdown(o.text), css="ng-text", dir="auto") + (tag("p", plain(said), css="ng-why") if (said := why(o)) else "")
         figures = tag("span", plain(meter(t, o.tokens, o.seconds)), css="ng-meter") if o.tokens else ""

@@ -246,6 +246,8 @@ def test_history_stays(server, browser, models):
         v.open()                                                                     # as after a restart: all comes from the file
         v.shows("() => document.documentElement.lang.startsWith('zh') && document.querySelector('.ng-user')")
         assert v.questions()==["鹈鹕在哪里？"]                                         # the conversation and the language are as before
+        v.one(".ng-tokens").click()                                                  # of this answer nothing is remembered; that is said
+        v.shows("() => /本次访问/.test(document.querySelector('.ng-alert')?.textContent)")
         v.one(".ng-language").select_option("en")
         v.shows("() => document.documentElement.lang == 'en'")
         other = v.context.new_page()                                                 # another tab begins with nothing open
