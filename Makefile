@@ -20,7 +20,6 @@ help: ## show this list
 demo: $(VENV)/.runtime ## from raw text to an assistant, on this machine, without network; result in runs/demo
 	@echo "==> Training a small GPT from nothing and tuning it to follow instructions (a few minutes on two cores) …"
 	$(BIN)/nanogpt speedrun --out $(DEMO)
-	@echo "==> Done. Talk to it: make chat"
 
 test: $(VENV)/.dev ## run every test: notebooks, gates, and what notebooks cannot show
 	@echo "==> Running all tests (under 20 minutes on two cores) …"

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from .core import ShapeError
 
-# %% ../nbs/05_attention.ipynb #baca1b94
+# %% ../nbs/05_attention.ipynb #c984f642
 def _causal(q, k):
     T,S = q.size(-2),k.size(-2)
     if S<T: raise ShapeError(f"attend: {T} queries but only {S} keys", "append this step's keys to the cache before attending")
     return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S-T) # query i is at position S-T+i
 
+# %% ../nbs/05_attention.ipynb #baca1b94
 def attend(
     q:Tensor,              # (B,H,T,D) queries
     k:Tensor,              # (B,H,S,D) keys, S ≥ T: a cache may hold S-T older ones
@@ -89,7 +90,7 @@ def grouped(
     if T==S: return kernel(q, *(o.repeat_interleave(H//G, 1) for o in (k,v)), see, dropout) # no past: keep to the fast causal kernel
     if see is None: see = _causal(q, k)
     y = kernel(q.reshape(B, G, H//G*T, D), k, v, see.tile(H//G, 1), dropout)
-    return y.view(B, H, T, D)
+    return y.reshape(B, H, T, D)                                   # a copy where a GPU's kernel left another order
 
 # %% ../nbs/05_attention.ipynb #9074740c
 class Past(Protocol):

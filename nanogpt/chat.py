@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import ipywidgets as w
 
 from .clean import file_name, plain, title
+from .core import ConfigError
 from .dialogue import DEFAULTS, LABELS, PRESET_LABELS, PRESETS, STARTERS, settings_of
 from .door import page_settings
 from .history import history_path, open_history
@@ -56,7 +57,8 @@ class Frame:
     ):
         "Write all that is always there, in one language."
         flip = lambda act,label,css,icon: press(f"flip:{act}", label, "", f"{css} ng-bare", icon)
-        self.brand.put("brand", tag("span", "nanogpt", css="ng-name")+press("new", t("New chat"), "", "ng-new ng-bare", "new"))
+        new = press("new", t("New chat"), "", "ng-new ng-bare", "new", data_type=1, data_close=1)
+        self.brand.put("brand", tag("span", "nanogpt", css="ng-name")+new)
         names = (tag("option", plain(v), value=k, selected=k==lang) for k,v in LANGUAGES.items())
         self.foot.put("foot", tag("select", *names, css="ng-pick ng-language", data_do="language", aria_label=t("Language"))
                       + flip("theme", t("Light or dark"), "ng-theme", "theme"))
@@ -91,7 +93,7 @@ class Desk(Session):
 # %% ../nbs/19j_chat.ipynb #7d9eb45b
 class Models(Desk):
     "Which model answers: found, loaded while the page stays awake, or made on the spot."
-    shelf,demo,bad,wanted,picked,coming,pending = None,None,(),None,"","",None
+    shelf,demo,bad,wanted,picked,coming,pending = None,None,(),None,"","",""
     def find(self):
         "Look at the folders; the model that was asked for, or else the newest tuned one, is loaded."
         self.work(self.shelf.entries, self._found, partial(self._went, self.picked))
@@ -108,8 +110,7 @@ class Models(Desk):
         self._on_pick(self.frame.model.value, "")
     def _on_pick(self, arg, value):
         if not arg or arg==self.picked: return
-        self.picked,self.loaded,self.base = arg,None,None
-        self._loading(self.known.get(arg, Path(arg).name))
+        self.picked,self.loaded,self.base = arg,None,None; self._loading(self.known.get(arg, Path(arg).name))
         self.work(partial(self.shelf.load, Path(arg)), partial(self._came, arg), partial(self._went, arg))
     def _came(self, arg, loaded):
         if arg!=self.picked: return # another was chosen meanwhile
@@ -119,17 +120,21 @@ class Models(Desk):
     def _went(self, arg, error):
         if arg!=self.picked: return
         if not self.loaded: self.picked = "" # it may be tried again
-        self.alert(error)
-        if self.pending: self.frame.composer.tell("fill", text=self.pending["text"]); self.pending = None
-        self._loading("")
+        self.alert(error); self._back(); self._loading("")
     def _loading(self, name):
         self.coming = name
         self.frame.composer.tell("mark", name="ng-loading", on=bool(name))
         if not self.turns(): self.show()
-        if self.pending and not name: value,self.pending = self.pending,None; self._on_send("", value)
-    def _on_send(self, arg, value): # what is asked while a model is coming waits for it
-        if self.coming and not self.running: self.pending = value; self.frame.notes.put("note", note_html(self.t, self._waits(), bad=False))
-        else: super()._on_send(arg, value)
+        if self.pending and not name: text,self.pending = self.pending,""; self._on_send("", dict(text=text))
+    def _send(self, text): # what is asked while a model is coming waits for it
+        if not self.coming or self.running: return super()._send(text)
+        if self.pending: raise ConfigError("another question waits for the model", "wait a moment, or press Escape to take it back")
+        self.pending = text
+        self.frame.notes.put("note", note_html(self.t, self._waits(), bad=False))
+    def _back(self): # a question that waits goes where it was typed
+        if self.pending: self.frame.composer.tell("fill", text=self.pending); self.pending = ""
+    def _leave(self): self._back(); super()._leave()
+    def _on_stop(self, arg, value): self._back(); super()._on_stop(arg, value)
     def _waits(self): return self.t("Loading {name} …", name=self.coming)
     def _on_compare(self, arg, value):
         self.base = None
@@ -150,7 +155,6 @@ class Welcome(Models):
         if self.loaded: return empty_html(self.t, self._starters())
         if self.coming: return tag("div", tag("p", plain(self._waits()), css="ng-waking", role="status"), css="ng-empty")
         return homeless_html(self.t, self.demo.lines() if self.demo else [], bool(self.demo and self.demo.running), self.bad)
-    def _on_start(self, arg, value): self.frame.composer.tell("fill", text=self._starters()[int(arg)][1].text)
     def _on_demo(self, arg, value):
         self.demo = make_demo(Path(self.settings["runs"])/"demo")
         def watch(stopped):
@@ -243,7 +247,9 @@ class App(Look):
     def _on_ready(self, arg, value):
         if arg!="ng-composer": return # one board of many: the page has come
         wanted = value["languages"] if self.settings["language"]=="auto" else self.lang
-        self.speak(pick_language(wanted))
+        self.speak(pick_language(",".join(filter(None, (value.get("language"), wanted))))) # what was chosen here before comes first
+        there = {str(o.id) for o in self.history.cards()} # the one that was open before a reload, unless it is gone
+        if self.conversation is None and value.get("conversation") in there: self._on_open(value["conversation"], "")
         self.find() # what was found when the kernel was made ready may be old
     def _on_language(self, arg, value): self.settings["language"] = value; self.speak(value)
     def _on_close(self, arg, value): self.frame.notes.show({})
@@ -253,16 +259,10 @@ class App(Look):
         self.frame.presets.put("presets", "".join(tag("button", plain(self.t(o)), **about(k)) for k,o in PRESET_LABELS.items()))
     def _on_knob(self, arg, value):
         self.values[arg] = value
-        self.turn({})
+        self._turn({})
         settings_of(self.values)
-    def _on_preset(self, arg, value): self.turn(PRESETS[arg])
-    def turn(
-        self,
-        values:dict, # knob → its place; the others stay
-    ):
-        "Put knobs somewhere else."
-        super().turn(values)
-        self._knobs()
+    def _on_preset(self, arg, value): self._turn(PRESETS[arg])
+    def _turn(self, values): super()._turn(values); self._knobs()
 
 def app(
     settings:dict|None=None, # what differs from `page_settings()`

@@ -186,7 +186,7 @@ def load_optimizer(
     owner = {id(p):opt for opt in opts for g in opt.param_groups for p in g["params"]}
     for name,v in tensors.items():
         p,slot = params[name.rpartition(".")[0]],name.rpartition(".")[2]
-        owner[id(p)].state[p][slot] = v if slot=="step" else (dist or Dist()).part(v.to(p.device), p)
+        owner[id(p)].state[p][slot] = v.to(p.device) if slot=="step" else (dist or Dist()).part(v.to(p.device), p)
 
 # %% ../nbs/10_checkpoint.ipynb #7be1f3c2
 def save_tensors(

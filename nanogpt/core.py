@@ -189,6 +189,7 @@ def pick_device(
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     best = next(k for k,v in there.items() if v)
     if name=="auto": name = best
+    if name=="cuda": torch.backends.cuda.enable_cudnn_sdp(False) # no fixed order, and planned anew for each length of a growing text
     if not there.get(name): raise ConfigError(f"--device={name} is not on this machine", f"try --device {best}")
     bf16,notes = _has_bf16(name),[]
     if dtype=="auto":

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from random import Random
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._modidx import d
-from .answers import attempt, same
+from .answers import Attempt, attempt, same
 from .core import ConfigError
 
 # %% ../nbs/42a_course.ipynb #a04409d4
@@ -66,11 +67,11 @@ def brief(
     else: text = repr(x)
     return text if len(text)<=160 else text[:157]+"…"
 
-# %% ../nbs/42a_course.ipynb #9742c109
 def _kind(x):
     if isinstance(x, Tensor): return f"a tensor of {x.dtype} on {x.device}"
     return "nothing (None)" if x is None else f"{'an' if type(x).__name__[0] in 'aeiou' else 'a'} {type(x).__name__}"
 
+# %% ../nbs/42a_course.ipynb #9742c109
 def _findings(ex, case, got, want):
     if isinstance(got.value, TimeoutError): return f"It was stopped after {got.value}: does a loop in it never end?"
     if isinstance(got.value, Exception) and not isinstance(want, Exception):
@@ -81,6 +82,9 @@ def _findings(ex, case, got, want):
     if got.changed and same(got.value, want, ex.tolerance):
         return f"The answer is right, but the function changes its input number {got.changed[0]+1} in place: work on a copy."
     a,b = got.value,want
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a)==len(b)>1:
+        at = next(i for i,pair in enumerate(zip(a, b, strict=True)) if not same(*pair, ex.tolerance))
+        return f"Of the {len(b)} things you return, number {at+1} is wrong. {_findings(ex, case, Attempt(a[at]), b[at])}"
     if isinstance(b, Exception):
         did = f"raised {type(a).__name__}" if isinstance(a, Exception) else f"returned {brief(a)}"
         return f"For {brief(case)} it should refuse with {type(b).__name__}, but {did}."
@@ -127,12 +131,16 @@ def inputs(
         for i in range(ex.cases): torch.default_generator.manual_seed(i); out.append(tuple(ex.draw(Random(i), 1+i//4)))
     return out
 
+def _plain(x): return [*map(_plain, x)] if isinstance(x, (list,tuple)) else x.tolist() if isinstance(x, Tensor) else x
+
 def _value(ex, yours):
     if ex.judge is None and same(yours, ex.spec, ex.tolerance): return ""
     for sentence,wrong in ex.traps.items():
         if same(yours, wrong, ex.tolerance): return f"Close. {sentence}"
     if ex.judge: return ex.judge(yours)
     numbers = isinstance(yours, (int,float)) and isinstance(ex.spec, (int,float))
+    if isinstance(ex.spec, list) and same(_plain(yours), ex.spec, ex.tolerance):
+        return f"That is right; write it as a list: {brief(ex.spec)}"
     if type(yours) is not type(ex.spec) and not numbers: return f"{ex.name} is {_kind(yours)}, wanted {_kind(ex.spec)}."
     return f"{ex.name} = {brief(yours)} is not it"+(": too small." if numbers and yours<ex.spec else ": too large." if numbers else ".")
 
@@ -248,5 +256,10 @@ def play(
     "Show the picture with controls for its parameters, or alone where nothing can move."
     from IPython import get_ipython
     from ipywidgets import interact
-    if getattr(get_ipython(), "kernel", None) is None: draw()
-    else: interact(draw, **controls)
+    if getattr(get_ipython(), "kernel", None) is None: return draw()
+    @wraps(draw)
+    def shown(**values):
+        try: draw(**values)
+        except ConfigError as e: print(e) # a knob was turned too far: the two sentences, and no traceback
+    for o in interact(shown, **controls).widget.children[:-1]: # names are shown whole
+        o.style.description_width,o.layout.width = f"{.6*max(map(len, controls))+1:.0f}em","30em"

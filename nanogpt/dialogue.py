@@ -241,6 +241,8 @@ _KNOWN = ( # what people meet in front of the page, as `explain` says it: these 
     phrase("The question has {n} tokens and there is room for {room}."), phrase("Ask a shorter question."),
     phrase("The question is empty."), phrase("Write something."),
     phrase("The last question has no answer yet."), phrase("Wait for it, or stop it."),
+    phrase("No model is loaded yet."), phrase("Wait a moment, or choose one above."),
+    phrase("Another question waits for the model."), phrase("Wait a moment, or press Escape to take it back."),
     phrase("There is no answer to make anew."), phrase("Ask something first."), phrase("Edit one of your own messages."),
     phrase("{label} = {value} is not from {low} to {high}."), phrase("Set {label} to {value}."),
     phrase("The model's scores are not finite."), phrase("Use an earlier checkpoint."))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_tuned', 'load_for', 'has_end', 'Speaker', 'result', 'apart', 'answer', 'run_generate', 'plan', 'answer_prompts',
-           'ChatConfig', 'chosen', 'run_chat']
+           'ChatConfig', 'chosen', 'somebody', 'run_chat']
 
 # %% ../nbs/40d_generate.ipynb #40c00003
 import json
@@ -19,13 +19,15 @@ import torch
 from . import checkpoint as ck
 from .batch import answer_file, question_of, row_settings
 from .beam import BeamConfig, beam
+from .contrast import ContrastConfig, contrast, stream_contrast
 from .core import ConfigError, ShapeError, around, read_json, say
 from .door import HostConfig, make_hash, password_place, save_hash, typed_password
-from .flags import GenerateConfig, PlaceConfig, knobs
+from .flags import SEARCHES, GenerateConfig, PlaceConfig, knobs
 from .knobs import SampleConfig
 from .ready import load_ready, numbers_of
 from .sample import complete, stream
 from .settings import arg, settings, show
+from .shelf import describe, find_models
 from .speculate import Lookup, stream_ahead
 from .template import load_template
 from .terminal import chat_terminal
@@ -81,8 +83,10 @@ class Speaker:
         else:
             first = [dict(role="system", content=self.cfg.system)]*bool(self.cfg.system)
             out = self.template.prompt([*first, dict(role="user", content=said)] if isinstance(said, str) else said)
-        if len(out)>(most := self.model.cfg.block_size) and getattr(cfg or self.cfg, "overflow", "refuse")=="refuse":
-            raise ShapeError(f"the prompt has {len(out)} tokens, the context is {most}", "shorten it, or give --overflow slide")
+        block,tries = self.model.cfg.block_size,isinstance(cfg, ContrastConfig) # who tries a token needs a place for it
+        if len(out)>block-tries and getattr(cfg or self.cfg, "overflow", "refuse")=="refuse":
+            raise ShapeError(f"the prompt has {len(out)} tokens, the context is {block}"+" and one more is to be tried"*tries,
+                             "shorten it" if tries else "shorten it, or give --overflow slide")
         return out
 
 # %% ../nbs/40d_generate.ipynb #40c00031
@@ -107,8 +111,9 @@ def apart(
     "Groups in which no prompt comes twice, each job once: the dice count how often a prompt came before with the same seed."
     groups = []
     for ids,cfg in dict.fromkeys(jobs):
-        key = cfg if isinstance(cfg, BeamConfig) else (cfg.seed, ids)
-        fits = lambda g, key=key, cfg=cfg: set(g)=={key} if isinstance(cfg, BeamConfig) else key not in g
+        search = isinstance(cfg, tuple(SEARCHES.values()))
+        key = cfg if search else (cfg.seed, ids)
+        fits = lambda g, key=key, search=search: set(g)=={key} if search else key not in g
         if not (group := next((g for g in groups if fits(g)), None)): groups.append(group := {})
         group.setdefault(key, []).append((ids, cfg))
     return [sum(g.values(), []) for g in groups]
@@ -124,6 +129,7 @@ def answer(
         prompts,cfgs = [list(ids) for ids,_ in some],[cfg for _,cfg in some]
         rows = max(speaker.cfg.batch, *(cfg.n for cfg in cfgs)) # the answers to one prompt are made together
         if isinstance(cfgs[0], BeamConfig): made = beam(model, tok, prompts, cfgs[0], rows*cfgs[0].beams)
+        elif isinstance(cfgs[0], ContrastConfig): made = [[o] for o in contrast(model, tok, prompts, cfgs[0], rows*cfgs[0].top_k)]
         else: flat = iter(complete(model, tok, prompts, cfgs, rows)); made = [list(islice(flat, cfg.n)) for cfg in cfgs]
         done |= {job:result(o, tok) for job,o in zip(some, made, strict=True)}
     return [done[job] for job in jobs]
@@ -132,7 +138,8 @@ def answer(
 def _streamed(speaker, ids, shown, as_json):
     "The pieces to stdout as they come, if they shall be shown; how it ended."
     model,tok,draft,cfg = speaker.model,speaker.tok,speaker.draft,speaker.cfg
-    pieces = stream_ahead(model, draft, tok, ids, knobs(cfg), cfg.ahead) if draft else stream(model, tok, ids, knobs(cfg))
+    if draft: pieces = stream_ahead(model, draft, tok, ids, knobs(cfg), cfg.ahead)
+    else: pieces = (stream_contrast if cfg.contrast else stream)(model, tok, ids, knobs(cfg))
     while True:
         try: piece = next(pieces)
         except StopIteration as e: return result([e.value], tok)
@@ -213,6 +220,18 @@ def chosen(
     "The settings of answers that somebody changed: what the page starts with."
     return {f.name:settings(cfg)[f.name] for f in fields(SampleConfig) if getattr(cfg, f.name)!=f.default}
 
+def somebody(
+    cfg:ChatConfig, # a command
+):
+    "Refuse, before anything starts, to talk to nobody: with the names of those who are there. The page needs none, it offers the demo."
+    if cfg.model is None: what = "--terminal needs to know whom to talk to" if cfg.terminal else ""
+    else: what = f"--model {cfg.model}: {e.note}" if (e := describe(cfg.model)).kind=="bad" else ""
+    if not what: return
+    good = [e.path for e in find_models([cfg.runs]) if e.kind!="bad"]
+    good = [str(o) for o in sorted(good, key=lambda o: Path(cfg.model or "") not in o.parents)] # those below what was named come first
+    make = "make one first: make demo, or nanogpt speedrun --out runs/demo; or name one that lies elsewhere with --model"
+    raise ConfigError(what, f"try --model {' or '.join(good[:3])}" if good else make)
+
 def run_chat(
     cfg:ChatConfig, # with whom, and how
     lines=None,     # what the user says; None: what is typed
@@ -220,12 +239,12 @@ def run_chat(
     "Serve the dashboard until it is stopped; with --terminal, talk there until /quit."
     if cfg.set_password:
         save_hash(path := cfg.password_file or password_place(), make_hash(typed_password()))
-        say(f"the hash of the password is kept in {path}; the dashboard will ask for it"); return 0
+        say(f"the hash of the password is kept in {path}; a dashboard asks for it from its next start on"); return 0
+    somebody(cfg)
     if not cfg.terminal:
         from nanogpt.host import serve  # Jupyter takes its second to import
 
         return serve(cfg, chosen(cfg))
-    if cfg.model is None: raise ConfigError("--terminal needs to know whom to talk to", "name a run, such as --model runs/demo/tuned")
     model,tok = load_for(cfg)
     if not is_tuned(cfg.model): say(f"{cfg.model} is not a tuned run: expect it to continue rather than to answer")
     chat_terminal(model, tok, cfg, lines, cfg.system, load_template(cfg.model, tok))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .core import ConfigError, DataError, DiskError, NanoError
 from .store import Store
-from .turns import INTERRUPTED, RUNNING, Turn, as_markdown, english, has, one_line, replaced
+from .turns import INTERRUPTED, RUNNING, Turn, as_markdown, english, gist, has, one_line, replaced
 
 # %% ../nbs/19b_history.ipynb #bc29724f
 _STEPS = ("""
@@ -140,7 +140,7 @@ def history_path()->Path:
 class Card:
     "A conversation in a list."
     id:int         # never given twice
-    title:str      # its name, or the first line of its first question; not escaped
+    title:str      # its name, or the `gist` of its first question; not escaped
     created:float  # seconds since 1970
     updated:float  # when something was last said
     turns:int      # messages of the conversation itself
@@ -204,7 +204,7 @@ class History(Kept):
             FROM conversations c WHERE ?='' OR has(title, ?)
             OR EXISTS(SELECT 1 FROM turns t WHERE t.conversation=c.id AND live AND has(text, ?)) ORDER BY updated DESC, id DESC LIMIT ?"""
         rows = self.read(sql, *[_text(search).strip()]*3, int(limit))
-        return [Card(k, one_line(title) or one_line(first or ""), made, last, n) for k,title,made,last,n,first in rows]
+        return [Card(k, one_line(title) or gist(first or ""), made, last, n) for k,title,made,last,n,first in rows]
     def markdown(
         self,
         conversation:int,   # its id
@@ -213,7 +213,7 @@ class History(Kept):
         "The conversation as Markdown (see `as_markdown`)."
         about,turns = self.about(conversation),self.turns(conversation)
         first = next((o.text for o in turns if o.role=="user"), "")
-        return as_markdown(about["title"] or one_line(first), about["system"], turns, t)
+        return as_markdown(about["title"] or gist(first), about["system"], turns, t)
     def json(
         self,
         conversation:int, # its id

@@ -126,7 +126,7 @@ class SampleConfig:
         if self.n>1 and self.temperature==0: raise ConfigError(
             f"--n={self.n} answers at --temperature=0 would all be the same", "try --temperature 0.8, or --n 1")
 
-# %% ../nbs/16b_knobs.ipynb #76b152e5
+# %% ../nbs/16b_knobs.ipynb #6d7652bd
 def warp(
     logits:Tensor,          # (B,V) scores
     cfg:SampleConfig,       # the knobs; or anything with the same names, where a setting may be a column (B,1)
@@ -139,6 +139,7 @@ def warp(
     if cfg.top_p is not None: logits = top_p(logits, cfg.top_p)
     return logits if cfg.min_p is None else min_p(logits, cfg.min_p)
 
+# %% ../nbs/16b_knobs.ipynb #76b152e5
 def choose(
     logits:Tensor, # (B,V) scores; -inf is never chosen
     u:Tensor,      # (B,1) where the dart lands, from 0 up to but below 1

@@ -137,12 +137,13 @@ def predict_memory(
     part = world if parallel=="fsdp" else 1
     memory = 8*n-(4*matrices if optimizer=="muon" else 0)
     copies = (4*n+memory)*save_async + (world>1)*(4*n if parallel=="ddp" else 2*table+8*n//L) # buckets, or what is whole for a while
-    held = dict(process=process+compiled*COMPILER_BYTES, weights=4*n//part, optimizer=memory//part, copies=copies)
+    held = dict(process=process+(compiled and device.name!="cuda")*COMPILER_BYTES, weights=4*n//part, optimizer=memory//part, copies=copies)
     block,before = kept(cfg, micro_batch, seq_len, device, kernel, packed>0),4*n//part if accum>1 else 0 # gradients of earlier passes
     cast = 2*V*C if e==2 else 0                                     # the head's matrix in half the bytes
     ends = stream+e*N*C+cast+(8*N*cfg.head_width if cfg.position=="rotary" else 0)+(N*seq_len if packed else 0)
     again,busy = most_kept([stream]*L, [block]*L),2*e*N*cfg.inner+2*stream # busy: what a block needs while it goes back
-    scores = (2*e+4)*N*V if compiled else int(12*N*V*(packed or 1)) # only what is learned gets scores, unless compiled
+    scores = int(12*N*V*(packed or 1))                              # only what is learned gets scores …
+    if compiled: scores = (2*e+4 if device.name!="cuda" else e+4*recompute)*N*V # … unless compiled; a GPU's way back writes over them
     moments = [
         dict(gradients=before, activations=(L*stream if recompute else L*block)+ends, logits=scores),                # the way back begins
         dict(gradients=before+table, activations=(again if recompute else L*block)+busy, logits=0),                  # … reaches the blocks

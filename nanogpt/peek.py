@@ -187,19 +187,22 @@ def looked(
     return sorted(enumerate(shares), key=lambda o: (-o[1], o[0]))[:k]
 
 # %% ../nbs/19f_peek.ipynb #19f00039
-_TONES = (.05, .15, .35, .65) # a square gets the tone of the largest of these that its weight reaches
+_TONES = (1/16, 1/8, 1/4, 1/2) # of the largest weight in its row: a square gets the tone of the largest that it reaches
 
 def _map(rows, label):
-    "Weights (Q,S) as a drawing: one path for each tone."
+    "Weights (Q,S) as a drawing: one path for each tone, one rectangle for neighbours in a row that share it."
     Q,S = rows.shape
-    step = torch.bucketize(rows, torch.tensor(_TONES), right=True)            # 0: nothing is drawn
+    step = torch.bucketize(rows/rows.amax(-1, keepdim=True), torch.tensor(_TONES), right=True) # 0: nothing is drawn
+    edge = torch.nn.functional.pad(step, (1,1))                               # a run begins and ends where the tone changes
     paths = []
     for n in range(1, len(_TONES)+1):
-        squares = "".join(f"M{x} {y}h1v1h-1z" for y,x in (step==n).nonzero().tolist())
+        turn = ((edge[:,1:]==n)!=(edge[:,:-1]==n)).nonzero().tolist()         # begin, end, begin, end … of each row
+        squares = "".join(f"M{x} {y}h{end-x}v1h{x-end}z" for (y,x),(_,end) in zip(turn[::2], turn[1::2], strict=True))
         if squares: paths.append(f'<path d="{squares}" fill="currentColor" fill-opacity="{n/len(_TONES)}"/>')
     return (f'<svg class="ng-map" role="img" aria-label="{label}" viewBox="0 0 {S} {Q}" width="{min(600, 12*S)}" '
             f'height="{min(600, 12*Q)}" preserveAspectRatio="none">{"".join(paths)}</svg>')
 
+# %% ../nbs/19f_peek.ipynb #19f0003b
 def attention_html(
     tok:Tokenizer,        # decodes
     ids:Sequence,         # the text: what attention_weights was given, or with the last token, which nobody has read
@@ -221,5 +224,7 @@ def attention_html(
         places = ", ".join(f"{code(p)} {100*share:.0f} %" for p,share in looked(part, at, 3) if share>=.005)
         rows.append(f'<tr><th scope="row">{code(at)}</th><td>{places}</td></tr>')
     head_row = f'<tr><th scope="col">{plain(t("token"))}</th><th scope="col">{plain(t("looked at most"))}</th></tr>'
-    return (f'<figure class="ng-looked"><figcaption>{label}</figcaption>{_map(part.mean(0), label)}'
+    scale = plain(t("Down: the tokens of the answer. Across: the text before them, from its beginning.")+" "
+                  +t("Dark: at least half of what counted most in that row; each paler tone half as much; blank: less than a sixteenth."))
+    return (f'<figure class="ng-looked"><figcaption>{label}</figcaption>{_map(part.mean(0), label)}<p class="ng-axes">{scale}</p>'
             f'<table><thead>{head_row}</thead><tbody>{"".join(rows)}</tbody></table></figure>')

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .bench import SHAPES, BenchConfig, bench_train, peak_flops, whole_step
-from .core import ConfigError, NanoError, pick_device, say
+from .core import ConfigError, Device, NanoError, pick_device, say
 from .model import GPTConfig
 from .settings import arg, show
 
@@ -47,9 +47,12 @@ def rival_step(
 def _serve():
     path,shape,B,T,device,dtype,compiled,threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    step = rival_step(Path(path), GPTConfig(**shape), B, T, pick_device(device, dtype), compiled)
+    step = rival_step(Path(path), GPTConfig(**shape), B, T, Device(device, dtype, compiled), compiled) # nothing switched for our sake
     print(flush=True)                                    # it is ready, and will not disturb anybody until it is asked
-    for _ in sys.stdin: step(); print(flush=True)
+    for _ in sys.stdin:
+        step()
+        if device=="cuda": torch.cuda.synchronize()
+        print(flush=True)
 
 # %% ../nbs/39c_race.ipynb #4f0e59c7
 @contextmanager
@@ -80,6 +83,8 @@ class RaceConfig:
     versus:Path = arg(Path("runs/nanoGPT/model.py"), "the model.py of a nanoGPT checkout; its code is run")
     shapes:str = arg("12m,gpt2", "the models, comma between")
     batch:int = arg(0, "rows; 0: the shape's own")
+    seq_len:int = arg(0, "tokens in a row; 0: the shape's own")
+    device:str = arg("auto", "where to compute", choices=("auto", "cuda", "cpu"))
     rounds:int = arg(10, "rounds; the best counts")
     compile:bool = arg(True, "compile both, where there is a compiler")
     kernel:str = arg("auto", "our attention kernel; auto measures both", choices=("auto", "fused", "written"))
@@ -100,15 +105,16 @@ def race(
     "Ours and the rival's recipes at one shape, in turns."
     if cfg.threads: torch.set_num_threads(cfg.threads)
     make,batch,T = SHAPES[name]
-    device,B = pick_device("cpu", cfg.dtype),cfg.batch or batch
+    device,B,T = pick_device(cfg.device, cfg.dtype),cfg.batch or batch,cfg.seq_len or T
     for note in device.notes: say(note)
-    compiled,plain = cfg.compile and device.compiles,pick_device("cpu", "float32")
+    compiled,plain = cfg.compile and device.compiles,pick_device(device.name, "float32")
+    ways = dict(compiled=(device, compiled), documented=(plain, False))
+    if device.name!="cpu": del ways["documented"]           # on a GPU its README says what is its best, too
     with ExitStack() as stack:
-        ways = dict(compiled=(device, compiled), documented=(plain, False))
-        steps = [stack.enter_context(rival(cfg.versus, make(), B, T, *ways[k])) for k in RECIPES]
-        ours = BenchConfig(shape=name, batch=B, rounds=cfg.rounds, compile=compiled, kernel=cfg.kernel, device="cpu", dtype=cfg.dtype)
-        row = bench_train(ours, steps)
-    others = dict(zip(RECIPES, row.pop("rivals"), strict=True))
+        steps = [stack.enter_context(rival(cfg.versus, make(), B, T, *way)) for way in ways.values()]
+        same = {k:getattr(cfg, k) for k in ("rounds","kernel","device","dtype")}
+        row = bench_train(BenchConfig(shape=name, batch=B, seq_len=T, compile=compiled, **same), steps)
+    others = dict(zip(ways, row.pop("rivals"), strict=True))
     sides = dict(rival={k:B*T/s for k,s in others.items()}, ratio={k:s/row["seconds"] for k,s in others.items()})
     return dict(row, rounds=cfg.rounds, peak_ratio=row["peak_flops"]/peak_flops(plain), **sides)
 
@@ -118,7 +124,7 @@ def race_text(
     "A Markdown table for people."
     head = "| shape | nanogpt, tokens/s | of the peak | nanoGPT compiled | ratio | nanoGPT as documented | ratio | peaks |"
     line = "|:--|--:|--:|--:|--:|--:|--:|--:|"
-    side = lambda r,k: f"{r['rival'][k]:,.0f} | {r['ratio'][k]:.2f}"
+    side = lambda r,k: f"{r['rival'][k]:,.0f} | {r['ratio'][k]:.2f}" if k in r["rival"] else "– | –"
     return "\n".join([head, line, *(f"| {r['shape']} {r['dtype']} | {r['tokens_per_second']:,.0f} | {r['peak_share']:.0%} | "
                               f"{side(r, 'compiled')} | {side(r, 'documented')} | {r['peak_ratio']:.2f} |" for r in rows)])
 

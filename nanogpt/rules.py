@@ -36,7 +36,9 @@ def count_penalty(
     presence:float|Tensor,  # subtracted once if it is there at all; or a column (B,1)
 )->Tensor:                  # (B,V)
     "Scores minus what the counts cost: c·frequency, and presence where c > 0."
+    # step 1: nothing to subtract, nothing to do
     if _is(frequency, 0) and _is(presence, 0): return logits
+    # step 2: one for each time, the other once
     return logits-counts*frequency-(counts>0)*presence
 
 # %% ../nbs/16_rules.ipynb #16b00016

@@ -110,7 +110,8 @@ class Talks:
         "Draw the list anew."
         found = self.history.cards(self.frame.search.value)
         self.titles = {o.id:o.title for o in found}
-        self.frame.cards.put("cards", cards_html(self.t, found, time.time(), self.conversation, self.asking, self.frame.search.value))
+        html = cards_html(self.t, found, time.time(), self.conversation, self.asking, self.frame.search.value)
+        if html!=self.frame.cards.parts.get("cards"): self.frame.cards.put("cards", html) # somebody may be about to press there
     def group(
         self,
         turns:list, # of an exchange
@@ -138,25 +139,18 @@ class Talks:
         "Draw the open conversation anew."
         turns = self.turns()
         self.frame.log.show({} if turns else {"empty": self.empty()})
+        self.frame.composer.tell("at", conversation=self.conversation or "") # a reload finds its way back
         for o in exchanges(turns): self.group(o)
         self.cards()
-    def leave(self):
-        "An answer that nobody waits for is stopped, what it has said is kept; an edit is given up."
+    def _leave(self): # an answer that nobody waits for is stopped, what it has said is kept; an edit is given up
         if self.running: self.running.job.stop(); self._busy(None)
         if self.editing: self._on_keep("", "")
-    def _on_new(self, arg, value): self.leave(); self.conversation = None; self.show(); self.frame.composer.tell("fill", text="")
+    def _on_new(self, arg, value): self._leave(); self.conversation = None; self.show()
     def _on_open(self, arg, value):
-        self.leave()
-        self.conversation,kept = int(arg),self.history.about(int(arg))
-        self.turn({k:v for k,v in kept["settings"].items() if k in DEFAULTS} | dict(system=kept["system"]))
+        self._leave(); self.conversation,kept = int(arg),self.history.about(int(arg))
+        self._turn({k:v for k,v in kept["settings"].items() if k in DEFAULTS} | dict(system=kept["system"]))
         self.show()
-    def turn(
-        self,
-        values:dict, # knob → its place; the others stay
-    ):
-        "Put knobs somewhere else."
-        self.values |= values
-        self.frame.panel.turn(self.values)
+    def _turn(self, values): self.values |= values; self.frame.panel.turn(self.values) # puts knobs somewhere else
 
 # %% ../nbs/19i_session.ipynb #c863d3d9
 @dataclass
@@ -251,16 +245,19 @@ class Session(Asking):
             if o.problem and r.conversation not in self.gone: self.alert(o.problem)
         self.cards()
     def _on_search(self, arg, value): self.cards()
+    def _free(self): # refuses in words what must wait
+        if not self.loaded: raise ConfigError("no model is loaded yet", "wait a moment, or choose one above")
+        if self.running: raise ConfigError("the last question has no answer yet", "wait for it, or stop it")
+    def _send(self, text):
+        self._free()
+        self.frame.notes.show({})
+        self.ask(text)
     def _on_send(self, arg, value):
-        try:
-            if not self.loaded: raise ConfigError("no model is loaded yet", "wait a moment, or choose one above")
-            if self.running: raise ConfigError("the last answer is still coming", "wait for it, or stop it")
-            self.frame.notes.show({})
-            self.ask(value["text"])
+        try: self._send(value["text"])
         except Exception: self.frame.composer.tell("fill", text=value["text"]); raise # nothing that was typed is lost
     def _on_stop(self, arg, value): self.running and self.running.job.stop()
     def _on_regenerate(self, arg, value):
-        if self.running or not self.loaded: return
+        self._free()
         turns,turn = self.turns(),int(arg)
         before = remembered([o for o in turns if o.id not in replaced(turns, turn)])
         self.tries += 1 # another seed: with the same one the same would be said
@@ -268,9 +265,6 @@ class Session(Asking):
         self.answer(self.sides(Dialogue(self.values["system"], before).messages), keep)
     def _text(self, arg): return next(o.text for o in self.turns() if o.id==int(arg))
     def _on_edit(self, arg, value):
-        if self.running: return
-        self.editing = int(arg)
-        self.frame.composer.tell("mark", name="ng-editing", on=True); self.frame.composer.tell("fill", text=self._text(arg))
-    def _on_keep(self, arg, value):
-        self.editing = None
-        self.frame.composer.tell("mark", name="ng-editing", on=False); self.frame.composer.tell("fill", text="")
+        self._free(); self.editing = int(arg)
+        self.frame.composer.tell("edit", text=self._text(arg))
+    def _on_keep(self, arg, value): self.editing = None; self.frame.composer.tell("edited")

@@ -36,6 +36,7 @@ class Entry:
     base:Path|None=None # the model it was tuned from, where that is still there
     when:float=0.    # when its weights were written, in seconds since 1970
     note:str=""      # a remark; of a bad one, what is wrong with it
+    finished:bool=True # False: its training has not come to its end, and the note says how far and why
     parameters:int=0 # how many
 
 # %% ../nbs/19e_shelf.ipynb #19e00012
@@ -69,18 +70,27 @@ def _whole(folder):
     return folder
 
 # %% ../nbs/19e_shelf.ipynb #19e00013
+_ENDS = dict(preempted="it was stopped", diverged="it diverged", disk_full="the disk was full", error="an error ended it",
+             done="its last weights are gone")
+
+def _half(path):
+    "Whether it is the first half of a demo (see `Demo` below) that is not made yet: a speedrun writes its card last."
+    return path.name=="base" and (path.parent/"speedrun.log").exists() and not (path.parent/"card.json").exists()
+
 def _ours(path):
-    "Where our own weights lie, whole: the final ones, or the newest checkpoint; and a remark."
+    "Where our own weights lie, whole: the final ones, or the newest checkpoint; and what is not finished about them."
     if not path.is_dir(): raise CheckpointError("there is no such folder", "choose another")
     for home,file in ((path/"model", "config.json"), (path, "model.safetensors")):
-        if (home/file).exists() and (home/"config.json").exists(): return _whole(home), ""
-    why = CheckpointError("nothing is saved yet", "wait for its first checkpoint, or train it on")
+        if (home/file).exists() and (home/"config.json").exists(): return _whole(home), "half a demo: not tuned yet"*_half(path)
+    begun = (path/"ckpt").is_dir() or (path/"log.jsonl").exists()
+    why = CheckpointError("nothing is saved yet" if begun else "there is no model in it", "wait for its first checkpoint, or train it on")
     for home in reversed(checkpoints(path)):
-        end = read_json(path/"exit.json")["reason"] if (path/"exit.json").exists() else "still training, or killed"
-        try: return _whole(home), f"step {int(home.name[5:]):,}: {end}"
+        end = read_json(path/"exit.json")["reason"] if (path/"exit.json").exists() else ""
+        try: return _whole(home), f"not finished: step {int(home.name[5:]):,}, {_ENDS.get(end, end) or 'still training, or killed'}"
         except NanoError as e: why = e
     raise why
 
+# %% ../nbs/19e_shelf.ipynb #19e00019
 def _describe(path):
     "All but name and path."
     if foreign(path):
@@ -94,8 +104,8 @@ def _describe(path):
     made,data = _made(path),read_json(home/"config.json")
     cfg = GPTConfig(**{f.name:data[f.name] for f in fields(GPTConfig) if f.name in data})
     kind = "run" if (path/"log.jsonl").exists() or (path/"ckpt").is_dir() else "folder"
-    note = ", ".join(filter(None, (note, data.get("quant", {}).get("kind"))))
-    return dict(kind=kind, note=note, when=(home/"MANIFEST.json").stat().st_mtime, parameters=count(cfg),
+    told = ", ".join(filter(None, (note, data.get("quant", {}).get("kind"))))
+    return dict(kind=kind, note=told, finished=not note, when=(home/"MANIFEST.json").stat().st_mtime, parameters=count(cfg),
                 tuned=made.get("kind")=="SFTConfig", base=_base(path, made))
 
 # %% ../nbs/19e_shelf.ipynb #19e00014
@@ -107,8 +117,9 @@ def describe(
     path = Path(path)
     name = name or path.as_posix()
     try:
-        if path.exists() or not hub_name(path.as_posix()): return Entry(name, path, **_describe(path))
-        return Entry(name, path, "hub", note="comes from the hub when it is chosen")
+        if not path.exists() and hub_name(path.as_posix()): return Entry(name, path, "hub", note="comes from the hub when it is chosen")
+        path = path if path.exists() else next((p for p,o in _stores() if o==path.as_posix()), path) # a name in NANOGPT_DATA
+        return Entry(name, path, **_describe(path))
     except NanoError as e: return Entry(name, path, "bad", note=e.what)
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
         return Entry(name, path, "bad", note=f"it cannot be read ({type(e).__name__}: {e})")
@@ -117,9 +128,9 @@ def describe(
 def newest_first(
     entries:Iterable, # of Entry
 )->list:
-    "Tuned ones before others and bad ones at the end; among equals the newest first, and then by name."
+    "Bad ones at the end, before them the unfinished; tuned ones before others; among equals the newest first, and then by name."
     # step 1: what is compared first stands first, and False comes before True
-    return sorted(entries, key=lambda e: (e.kind=="bad", not e.tuned, -e.when, e.name))
+    return sorted(entries, key=lambda e: (e.kind=="bad", not e.finished, not e.tuned, -e.when, e.name))
 
 # %% ../nbs/19e_shelf.ipynb #19e00022
 _INSIDE,_DEPTH = {"ckpt","model","data","__pycache__","node_modules"},3

@@ -214,8 +214,8 @@ def empty_html(
     starters:list, # pairs: a label, and a Starter
 )->str:
     "A page before its first question."
-    about = dict(type="button", css="ng-starter", data_do="start")
-    cards = (tag("button", tag("small", plain(label)), plain(o.title), **about, data_arg=k) for k,(label,o) in enumerate(starters))
+    about = dict(type="button", css="ng-starter")
+    cards = (tag("button", tag("small", plain(label)), plain(o.title), **about, data_fill=o.text) for label,o in starters)
     head = tag("h1", plain(t("What would you like to ask?"))) + tag("p", plain(t("The model runs on this machine; nothing leaves it.")))
     return tag("div", head, tag("div", *cards, css="ng-starters"), css="ng-empty")
 

@@ -11,6 +11,9 @@ import psutil
 from browser import FLAGS, chromium
 from mini import command, environment
 
+HANG = 120                                                             # seconds: nothing takes so long, even where the machine is busy
+LOGS = {}                                                              # address → what that server has said
+
 class Server:
     "`nanogpt chat` in a process of its own, with folders of its own, on a port that was free."
     def __init__(self, runs, home, *more, **env):
@@ -22,7 +25,8 @@ class Server:
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.found = threading.Event()
         self.reader.start()
-        if not self.found.wait(60): self.close(); raise AssertionError("the server told no address:\n"+"\n".join(self.lines))
+        if not self.found.wait(HANG): self.close(); raise AssertionError("the server told no address:\n"+"\n".join(self.lines))
+        LOGS[self.url] = self.lines
     def _read(self):
         for line in self.child.stdout:
             self.lines.append(line.rstrip())
@@ -34,10 +38,10 @@ class Server:
     def kill(self):
         "As the power fails: no handler runs."
         self.child.kill()
-        self.child.wait(30)
+        self.child.wait(HANG)
     def close(self):
         if self.child.poll() is None: self.child.terminate()
-        try: self.child.wait(30)
+        try: self.child.wait(HANG)
         except subprocess.TimeoutExpired: self.kill()
         self.child.stdout.close()
     def __enter__(self): return self
@@ -64,10 +68,10 @@ COULD_RUN = """() => {
 
 class Visitor:
     "Somebody with a browser of their own: what they do, what they see, and what their browser did behind their back."
-    def __init__(self, chrome, url, width=1280, height=860, **more):
+    def __init__(self, chrome, url, width=1280, height=860, wire=False, **more): # wire: see `late`
         self.url, self.context = url, chrome.new_context(viewport=dict(width=width, height=height), accept_downloads=True, **more)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url.rstrip("/"))
-        self.context.set_default_timeout(20_000)                       # the machine may be busy with other tests
+        self.context.set_default_timeout(HANG*1000)
         self.asked, self.errors, self.dialogs, self.bytes = [], [], [], 0
         self.page = self.context.new_page()
         self.page.on("request", lambda r: self.asked.append(r.url))
@@ -76,6 +80,23 @@ class Visitor:
         self.page.on("dialog", self._dialog)
         self.page.on("websocket", self._socket)
         self.page.add_init_script(RAN)
+        self.held = None                                               # what has not arrived yet, or None: everything arrives at once
+        if wire: self.page.route_web_socket(re.compile("."), self._wire)
+    def _wire(self, ws):
+        ws.connect_to_server().on_message(lambda m: ws.send(m) if self.held is None else self.held.append((ws, m)))
+    @contextlib.contextmanager
+    def late(self):
+        "What Python says meanwhile arrives at the end of this block, however fast the machine is; then it is waited for."
+        self.held = []
+        yield
+        while self.held:                                               # meanwhile more may come, behind these
+            ws, m = self.held.pop(0)
+            ws.send(m)
+        self.held = None
+        search = "(o, text) => { o.value = text; o.dispatchEvent(new Event('input', {bubbles: true})) }"
+        for text, found in (("zzqq", 0), ("", 1)):                     # words keep their order: the answer to these comes last
+            self.one(".ng-search input").evaluate(search, text)
+            self.shows("n => !document.querySelector('.ng-open') == !n", found)
     def _console(self, m):
         if m.type=="error": self.errors.append(m.text)
     def _dialog(self, d): self.dialogs.append(d.message); d.dismiss()
@@ -132,6 +153,13 @@ class Visitor:
         "Close the panel of tokens or attention."
         self.one(".ng-peek-close").click()
         self.shows("() => !document.querySelector('.ng-app.ng-show-right')")
+    def typed(self): return self.one(".ng-input").input_value()
+    def state(self):
+        "For whoever reads of a failure: what the page shows, what went wrong in the browser, what the server has said."
+        see = "() => (o => o ? o.className + '\\n' + o.innerText : document.body.innerText)(document.querySelector('.ng-app'))"
+        try: shown = self.page.evaluate(see)
+        except Exception as e: shown = f"no page: {e}"
+        return "\n".join(["--- the page", shown, "--- the browser", *self.errors, "--- the server", *LOGS.get(self.url, [])[-40:]])
     def shot(self, name):
         "A picture for people, where they asked for pictures."
         if folder := os.environ.get("NANOGPT_SCREENSHOTS"):
@@ -154,4 +182,5 @@ class Visitor:
     def __exit__(self, kind, *_):
         try:
             if kind is None: self.quiet()
+            else: print(self.state())
         finally: self.close()

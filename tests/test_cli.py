@@ -277,6 +277,8 @@ INSIDE = {"data: missing file": ("data --corpus {tmp}/none.txt --out {tmp}/d", "
     "generate: too long": ("generate --model {whole} --prompt {long}", "256"),
     "generate: damaged": ("generate --model {tmp}/damaged --prompt x", "model.safetensors"),
     "chat: no model": ("chat --terminal --model {tmp}/none", "none"),
+    "chat: no model for the page": ("chat --no_open --port 0 --model {tmp}/none --runs {tmp}", "make demo"),
+    "chat: nobody named": ("chat --terminal --runs {tmp}", "nanogpt speedrun --out runs/demo"),
     "chat: no password": ("chat --host 0.0.0.0 --password_file {tmp}/none", "argon2id"),
     "eval: no model": ("eval --model {shards}", "no model"),
     "eval: no data set": ("eval --model {whole} --tasks hellaswag --limit 2", "hellaswag"),
@@ -297,7 +299,7 @@ def test_bad_input(name, refused, shards, whole, tmp_path, monkeypatch):
     had = tree(tmp_path)
     line, says = INSIDE[name]
     names = WORDS | dict(tmp=tmp_path, shards=shards, whole=whole, long="word"*2000)
-    if name in ("data: no end", "data: no tokens", "pretrain: no tokens"): # if it were not refused it would never end
+    if name in ("data: no end", "data: no tokens", "pretrain: no tokens", "chat: no model for the page"): # not refused it would never end
         names = [str(w) for w in line.format(**names).split()]
         with limited(): refused(*names, says=[says])
     else: refused(*line.format(**names).split(), says=[says])
@@ -425,7 +427,7 @@ def test_progress_and_results_are_apart(shards, tmp_path):
     "Progress goes to stderr, the result to stdout: a pipe gets the result alone, and it says what to type next."
     done = run(*PRETRAIN, "--data", shards, "--out", tmp_path/"run", "--steps", 2)
     first, second = done.stdout.splitlines()
-    assert "done after 2 steps" in first and second.startswith("next: nanogpt generate --model")
+    assert "done after 2 steps" in first and second.startswith("next: python -m nanogpt generate --model")
     assert "loss" in done.stderr and "\r" not in done.stderr
 
 # ---- the terminal chat -----------------------------------------------------------------------------------------------

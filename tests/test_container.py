@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
@@ -32,7 +33,7 @@ from nanogpt.generate import ChatConfig
 
 DEPLOY = ROOT/"deploy"
 DOCKERFILES = [DEPLOY/"Dockerfile", DEPLOY/"space"/"Dockerfile"]
-SINGLE = [DEPLOY/name for name in ("compose.yaml", "compose.cuda.yaml", "Caddyfile", "nginx.conf", "space/README.md")]
+SINGLE = [DEPLOY/name for name in "compose.yaml compose.cuda.yaml Caddyfile nginx.conf nanogpt-chat.service space/README.md".split()]
 LABELLED = [*DOCKERFILES, *SINGLE, ROOT/"docs"/"deployment.md"]
 PREFIX = "NANOGPT_CHAT_"
 SETTINGS = {f.name: f for f in fields(ChatConfig)}
@@ -162,6 +163,38 @@ def test_compose(monkeypatch):
     assert set(gpu)=={"chat"} and gpu["chat"]["build"]["args"]["DEVICE"] in ("cpu", "cuda")
     assert as_settings(monkeypatch, gpu["chat"]["environment"]).device=="cuda"
 
+# ---- systemd ---------------------------------------------------------------------------------------------------------
+
+UNIT = DEPLOY/"nanogpt-chat.service"
+
+def verified(folder, text):
+    "What systemd says of a unit, whose program is one of this machine; empty: nothing."
+    path = folder/UNIT.name
+    path.write_text(text.replace("/opt/nanogpt/bin/nanogpt", sys.executable))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(path)], capture_output=True, text=True, timeout=60)
+    return "\n".join(x for x in (done.stdout+done.stderr).splitlines() if UNIT.name in x) # not what it says of this machine's own units
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze")
+def test_systemd_reads_the_unit(tmp_path):
+    "It knows every key and every value; the control, a misspelled one, is found."
+    assert verified(tmp_path, read(UNIT))==""
+    assert "PrivateTemp" in verified(tmp_path, read(UNIT).replace("PrivateTmp=", "PrivateTemp="))
+
+def test_the_unit(monkeypatch):
+    "Its command and settings are the program's; not root, nothing secret in it, and it writes into its own folder alone."
+    rows = [x.split("=", 1) for x in read(UNIT).splitlines() if re.match(r"\w+=", x)]
+    of = {k: [v for name, v in rows if name==k] for k, _ in rows}
+    words = shlex.split(of["ExecStart"][0])
+    env = dict(o.split("=", 1) for line in of["Environment"] for o in line.split())
+    cfg = as_settings(monkeypatch, env, words[1:])
+    assert words[0].endswith("/nanogpt") and isinstance(cfg, ChatConfig) and cfg.names==(NAME,) and cfg.proxy and not cfg.open
+    assert cfg.password_file.name==of["LoadCredential"][0].split(":")[0] and "PASSWORD_HASH" not in read(UNIT)
+    assert all(v.startswith(("%S/"+of["StateDirectory"][0], "%d/")) for v in env.values())
+    assert of["User"]==["nanogpt"] and of["CapabilityBoundingSet"]==[""]
+    assert of["ProtectSystem"]==["strict"] and of["NoNewPrivileges"]==["yes"]
+    page = read(ROOT/"docs"/"deployment.md")
+    assert of["LoadCredential"][0].split(":")[1] in page and of["EnvironmentFile"][0].lstrip("-") in page and words[0] in page
+
 # ---- a Space ---------------------------------------------------------------------------------------------------------
 
 def test_the_space(monkeypatch):
@@ -201,13 +234,15 @@ def test_the_page():
     assert found>=8
     for link in re.findall(r"\]\(([^)#\s]+)\)", text):
         assert "://" in link or (ROOT/"docs"/link).exists(), link
-    for name in re.findall(r"deploy/[\w./]+\w", text): assert (ROOT/name).exists(), name
+    for name in re.findall(r"deploy/[\w./-]+\w", text): assert (ROOT/name).exists(), name
     assert [p.name for p in [*DOCKERFILES, *SINGLE, DEPLOY/"chat.env"] if f"deploy/{p.relative_to(DEPLOY).parts[0]}" not in text]==[]
 
-def test_a_copy_for_the_shelf(tmp_path):
-    "The page's own line copies a history while somebody writes to it."
-    code = re.search(r"import sqlite3[^\"]*", read(ROOT/"docs"/"deployment.md"))[0]
-    for old, new in (("/data/share/nanogpt/chat.db", f"{tmp_path}/chat.db"), ("/data/copy.db", f"{tmp_path}/copy.db")):
+@pytest.mark.parametrize("file, copy", [("/data/share/nanogpt/chat.db", "/data/copy.db"),
+                                        ("~/.local/share/nanogpt/chat.db", "chat-copy.db")])
+def test_a_copy_of_the_conversations(tmp_path, file, copy):
+    "The page's own lines copy a history while somebody writes to it."
+    code, = [o for o in re.findall(r"-c \"(import [^\"]*)", read(ROOT/"docs"/"deployment.md")) if file in o]
+    for old, new in ((file, f"{tmp_path}/chat.db"), (copy, f"{tmp_path}/copy.db")):
         assert old in code
         code = code.replace(old, new)
     with contextlib.closing(sqlite3.connect(tmp_path/"chat.db")) as db:

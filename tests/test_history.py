@@ -19,6 +19,7 @@ from mini import environment
 
 from nanogpt.core import ConfigError, DataError, DiskError, NanoError
 from nanogpt.history import History, Keeper, history_path, open_history
+from nanogpt.phrases import Phrases
 from nanogpt.turns import INTERRUPTED, RUNNING
 
 ODD = ["", " ", "a\x00b", "\ud83d half", "line\rline\u2028line", "```\nopen", "# heading\n\n> quote", "x"*200_000]
@@ -308,6 +309,37 @@ def test_no_text_breaks_the_markdown(history):
         quotes = re.findall(r"(?:^>.*\n?)+", page, re.M)
         said = re.sub("\r\n|\r", "\n", whole(text))
         assert ["\n".join(o[2:] for o in q.rstrip("\n").split("\n")) for q in quotes]==[said]*2
+
+def test_a_conversation_is_named_after_what_was_asked(history):
+    "Behind a long story, in two languages; a name that was given counts more, in the list and on the page."
+    story = "One misty evening, Ruth went to the lake. A child told her that Kira was ill in bed. "*4
+    for text, name in ((story+"Who was ill?", "Who was ill?"), ("从前有一只猫，它住在磨坊里。"*9+"猫住在哪里？", "猫住在哪里？"),
+                       (story+"\n\nName the people.", "Name the people."), ("Hi", "Hi")):
+        k = history.new()
+        history.add(k, "user", text)
+        assert history.cards()[0].title==name and headings(history.markdown(k))[0]==name
+        history.rename(k, "mine")
+        assert history.cards()[0].title=="mine"
+    for text in [*TEXTS, ". "*10_000, "?"*20_000, "?"+" "*20_000+"!", "a? "*7_000]: # and no text takes long
+        k = history.new()
+        history.add(k, "user", text)
+        assert len(history.cards()[0].title)<=60 and "\n" not in history.cards()[0].title
+
+def headings(page):
+    "The headings of a page."
+    found = MarkdownIt("commonmark").parse(page)
+    return [re.sub(r"\\(.)", r"\1", o.content) for was, o in zip(found, found[1:], strict=False) if was.type=="heading_open"]
+
+def test_why_and_how_long_in_words(history):
+    "Nothing of the program's own words: what takes no time that can be told is said so, and an unknown time is left out."
+    k = history.new("x")
+    for seconds in (0., .04, 2.): history.add(k, "assistant", "It is.", tokens=2, seconds=seconds, reason="end")
+    for reason in ("length", "context", "stop", "stopped", "stuck", "error", INTERRUPTED): history.add(k, "assistant", "It", reason=reason)
+    told = [o[1:-1] for o in history.markdown(k).splitlines() if re.fullmatch(r"\*.*\*", o)]
+    assert told[:3]==["2 tokens, ended by itself", "2 tokens, under 0.1 s, ended by itself", "2 tokens, 2.0 s, ended by itself"]
+    assert all(len(o.split())>2 for o in told[3:]) and len(set(told))==10
+    chinese = history.markdown(k, Phrases("zh").t)
+    assert not re.search(r"\bended\b|\bcut\b|\bprogram\b|\btokens\b", chinese) and "不到 0.1 秒" in chinese
 
 def test_searching_is_literal(history):
     "Each of these is found in the conversation that holds it, and in no other."

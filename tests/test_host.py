@@ -43,7 +43,7 @@ LESSON = "print('this cell is of the lesson')"
 
 class Server:
     "`serve` in a process of its own, with a notebook that is quick to start."
-    def __init__(self, folder, before="", **settings):
+    def __init__(self, folder, before="", temporary=None, **settings):
         def cell(source, *tags):
             return dict(cell_type="code", id=f"c{len(source)}", metadata=dict(tags=tags), execution_count=None, outputs=[], source=source)
         nb = folder/"page.ipynb"
@@ -51,7 +51,7 @@ class Server:
         words = dict(port=0, open=False, visitors=3) | settings
         code = "\n".join((before, "from pathlib import *", "from nanogpt.door import HostConfig", "from nanogpt.host import serve",
                           f"serve(HostConfig(**{words!r}), dict(temperature=.2), Path({str(nb)!r}))"))
-        self.temporary = tempfile.mkdtemp(prefix="t-") # short, as a socket's path must be
+        self.temporary = temporary or tempfile.mkdtemp(prefix="t-") # short, as a socket's path must be
         self.err = open(folder/"err.txt", "w+")
         env = environment(XDG_CONFIG_HOME=str(folder/"config"), TMPDIR=self.temporary)
         self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=self.err, text=True, env=env)
@@ -160,6 +160,14 @@ def test_the_verb_refuses_too(tmp_path, monkeypatch, call):
     monkeypatch.setenv("NANOGPT_CHAT_HOST", "0.0.0.0")
     one_message(refused(), "there is no password")
 
+def test_the_server_says_that_visitors_share(server, kept):
+    "Whoever opens it to others reads on stderr where they come and that they share one history; alone, nothing is said."
+    s = server(password_file=kept, names=("chat.example.org",), proxy=True)
+    eventually(lambda: "as chat.example.org" in s.said())
+    assert "share one history" in s.said()
+    alone = server()
+    assert alone.ask("/health")[0]==200 and "history" not in alone.said()
+
 def test_set_password(tmp_path, monkeypatch, call):
     "One line of stdin becomes an argon2id hash that only the user can read; the password itself is nowhere."
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path/"config"))
@@ -170,7 +178,7 @@ def test_set_password(tmp_path, monkeypatch, call):
             code, out, err = call("chat", "--set_password", *words)
             path = (tmp_path/"config/nanogpt/password", tmp_path/"own/secret")[k]
             text = path.read_text()
-            assert code==0 and path.stat().st_mode & 0o777==0o600 and str(path) in err
+            assert code==0 and path.stat().st_mode & 0o777==0o600 and str(path) in err and "next start" in err
             assert text.startswith("$argon2id$") and door.matches(text.strip(), PASSWORD) and not door.matches(text.strip(), PASSWORD+"!")
             assert PASSWORD not in text+out+err and len(list(path.parent.iterdir()))==1
     finally: os.umask(old)
@@ -379,6 +387,26 @@ def test_no_kernel_outlives_the_server(server, sig):
     code = s.stop(sig)
     eventually(lambda: not any(p.is_running() and p.status()!="zombie" for p in kernels))
     if sig!=signal.SIGKILL: assert code==0 and not os.listdir(s.temporary) and "Traceback" not in s.said()
+
+@pytest.mark.skipif(os.name=="nt", reason="nothing is locked there")
+def test_a_killed_server_is_swept_by_the_next(server):
+    "The folder of a dead server goes; that of a living one, and what only looks like one, stays."
+    dead = server()
+    dead.visit()
+    left, = Path(dead.temporary).iterdir()
+    eventually(lambda: [p for p in left.iterdir() if p.name!="alive"]) # the files of its kernel
+    (other := Path(dead.temporary)/"nanogpt-other").mkdir()
+    living = server(temporary=dead.temporary)
+    here = set(Path(dead.temporary).iterdir())
+    assert len(here)==3 and left in here # nobody takes a living server's folder
+    kernels = list(dead.kernels().values())
+    dead.stop(signal.SIGKILL)
+    assert left.exists()
+    eventually(lambda: not any(p.is_running() and p.status()!="zombie" for p in kernels))
+    third = server(temporary=dead.temporary)
+    assert not left.exists() and other.exists() and len(set(Path(dead.temporary).iterdir()) & here)==2
+    for s in (living, third): s.visit() # they work
+    assert third.stop()==0 and living.stop()==0 and list(Path(dead.temporary).iterdir())==[other]
 
 @pytest.mark.long
 def test_a_closed_page_ends_its_kernel(server):

@@ -23,6 +23,13 @@ def test_command_is_understood(line):
     from nanogpt.cli import parse_only
     parse_only(verbs(line))
 
+def test_what_a_newcomer_needs_comes_first():
+    "What it is and how to start, the demo, talking to it, learning from it, the verbs; how fast it is comes behind, with its tables."
+    heads = [x[3:] for x in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if x.startswith("## ")]
+    wanted = ["What `make demo` gives", "The chat page", "The course", "Verbs",
+              "The same commands on real text", "On a GPU, or on eight", "How fast"]
+    assert [x for x in heads if x in wanted]==wanted
+
 def test_control():
     if importlib.util.find_spec("nanogpt.cli") is None: pytest.skip("nanogpt.cli does not exist yet")
     from nanogpt.cli import parse_only

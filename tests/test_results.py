@@ -5,8 +5,8 @@ import pytest
 from conftest import ROOT
 
 ALL = sorted((ROOT/"results").glob("*.json"))
-OTHERS = RACE, DATA, SEEDS, EXPERIMENT, TALK, QUANT, DASHBOARD = [ROOT/f"results/{name}.json" for name in
-    ("race", "bench-data", "demo-seeds", "experiment", "talk", "quant", "dashboard")]
+OTHERS = RACE, DATA, SEEDS, EXPERIMENT, TALK, QUANT, DASHBOARD, GPU = [ROOT/f"results/{name}.json" for name in
+    ("race", "bench-data", "demo-seeds", "experiment", "talk", "quant", "dashboard", "gpu")]
 RECORDS = [p for p in ALL if p not in OTHERS] # cards of a speedrun
 README = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
 
@@ -155,3 +155,49 @@ def waits(o):
 def test_readme_shows_the_dashboard():
     at = README.index("<!-- dashboard -->")
     assert README[at+1:README.index("<!-- /dashboard -->")]==waits(load(DASHBOARD))
+
+def on_a_gpu(o):
+    "What the README shows of the runs on one GPU."
+    from nanogpt.model import PRESETS, flops
+    whole, tuned, race, asked = (o[k] for k in ("pretrain", "sft", "race", "eval"))
+    speed, peak = whole["median_tokens_per_second"], o["datasheet_flops"]
+    share = flops(PRESETS["gpt2"](), whole["seq_len"])*speed/peak
+    gb = lambda o: f"{o['peak_memory_bytes']/1e9:.1f} GB"
+    told = [("`pretrain --preset gpt2`, a step in the middle",
+             f"{speed:,.0f} tokens/s, {share:.0%} of {peak/1e12:.0f} TFLOP/s; {gb(whole)}"),
+            ("so ten billion tokens take", f"{1e10/speed/3600:.1f} hours"),
+            ("a step in turns with nanoGPT's, both compiled",
+             f"{race['tokens_per_second']:,.0f} to {race['rival']['compiled']:,.0f} tokens/s: {race['ratio']['compiled']:.2f} ×"),
+            ("`sft --preset dolly`, 15,000 conversations, three epochs",
+             f"{tuned['median_tokens_per_second']:,.0f} tokens/s, {tuned['seconds']:.0f} s; {gb(tuned)}"),
+            ("HellaSwag, all 10,042 items in float32", f"{o['hellaswag_seconds'][0]:.0f} s"),
+            ("choices beside the script that asks one at a time", f"{asked['ratio']:.1f} ×")]
+    return ["| on one H100 | measured |", "|:--|--:|", *(f"| {' | '.join(row)} |" for row in told)]
+
+def test_readme_shows_the_gpu():
+    "The table, and what is said around it: the chain ran, in small, and its model knows as little as so few tokens teach."
+    o, text = load(GPU), " ".join(README)
+    at = README.index("<!-- gpu -->")
+    assert README[at+1:README.index("<!-- /gpu -->")]==on_a_gpu(o) and o["machine"]
+    run, learnt = o["pretrain"], [o[side]["dolly.val_loss"]["value"] for side in ("before", "after")]
+    for told in (f"`{o['commands']['race']}`", o["date"], f"{run['steps']} steps, {run['tokens']/1e6:.0f} million tokens",
+                 f"{run['first_loss']:.2f} to {run['val_losses'][-1][1]:.2f}", f"from {learnt[0]:.2f} to {learnt[1]:.2f}"):
+        assert told in text, told
+    from nanogpt.model import PRESETS, flops
+    share = flops(PRESETS["gpt2"](), run["seq_len"])*run["median_tokens_per_second"]/o["datasheet_flops"]
+    assert f"Our own loop reached {share:.0%} on one H100".replace("%", " %") in " ".join(lesson("12a_plan"))
+    for m in (o[side]["hellaswag.acc_norm"] for side in ("before", "after")): assert m["low"]<m["chance"]+.005 and m["n"]==10_042 # guessing
+
+def test_memory_foretells_the_gpu(monkeypatch):
+    "The prediction is within five per cent of what both runs took on the GPU; what a block keeps is rehearsed for this machine's device."
+    from nanogpt import memory
+    from nanogpt.core import Device
+    from nanogpt.model import PRESETS
+    o, kept = load(GPU), memory.kept
+    monkeypatch.setattr(memory, "kept", lambda cfg, B, T, device, *more: kept(cfg, B, T, Device("cpu", device.dtype, True), *more))
+    for run, packed in ((o["pretrain"], 0.), (o["sft"], .5)):
+        assert (run["dtype"], run["kernel"], run["compile"])==("bfloat16", "fused", True)
+        passes = run["batch_tokens"]//run["micro_batch"]//run["seq_len"]
+        shape = PRESETS["gpt2"](), run["micro_batch"], run["seq_len"], Device("cuda", "bfloat16", True)
+        sizes = memory.predict_memory(*shape, compiled=True, accum=passes, packed=packed)
+        assert abs(sum(sizes.values())/run["peak_memory_bytes"]-1)<.05

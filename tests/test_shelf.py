@@ -62,6 +62,31 @@ def test_newest_tuned_first(home):
     assert [e.kind for e in found]==["run"]*5+["bad"] and [e.tuned for e in found]==[True]*3+[False]*3
     assert found!=sorted(found, key=lambda e: e.name)!=sorted(found, key=lambda e: e.when)
 
+def test_what_is_not_finished_comes_behind(home):
+    "Stopped, killed, out of disk, tuned or not: named as unfinished, and last of what can be used."
+    for name, kind, end in (("stopped", "SFTConfig", "preempted"), ("killed", "SFTConfig", ""), ("full", "TrainConfig", "disk_full"),
+                            ("torn", "TrainConfig", "done")): # it ended, and its last weights were taken away
+        write_steps(home/name, 1000, kind=kind)
+        if end: write_json(home/name/"exit.json", dict(reason=end, step=1000, error=None))
+    (home/"bad/ckpt").mkdir(parents=True)
+    found = find_models([home])
+    assert [(e.name, e.finished) for e in found[:2]]==[("a/tuned", True), ("a/base", True)] and found[-1].name=="bad"
+    notes = {e.name:e.note for e in found[2:-1] if not e.finished}
+    assert notes==dict(stopped="not finished: step 1,000, it was stopped", killed="not finished: step 1,000, still training, or killed",
+                       full="not finished: step 1,000, the disk was full", torn="not finished: step 1,000, its last weights are gone")
+    assert {e.name for e in found[2:4]}=={"stopped", "killed"} # the tuned ones first, here too
+    assert Shelf([home]).load(home/"stopped").entry.finished is False # and still it can be asked for
+
+def test_half_a_demo(home):
+    "Its base is whole before the demo is; only a folder in which a demo speaks can be half of one."
+    assert describe(home/"a/base").finished
+    (home/"a/speedrun.log").write_text("1/3 pretraining")
+    e = describe(home/"a/base")
+    assert not e.finished and e.note=="half a demo: not tuned yet" and describe(home/"a/tuned").finished
+    assert describe(write_run(home/"a/other")).finished
+    write_json(home/"a/card.json", {})
+    assert describe(home/"a/base").finished
+
 def test_forms(home):
     "A stopped run, an export of ours, one of the hub, rounded weights, one model by several ways."
     write_steps(home/"stopped", 5, 20, kind="SFTConfig")
@@ -75,7 +100,7 @@ def test_forms(home):
     os.symlink(home/"a", home/"again")
     os.symlink(home, home/"a/loop")
     found = {e.path.resolve().relative_to(home).as_posix():e for e in find_models([home, home/"a", home/"a/tuned/model"])}
-    assert found["stopped"].kind=="run" and found["stopped"].tuned and found["stopped"].note=="step 20: preempted"
+    assert found["stopped"].kind=="run" and found["stopped"].tuned and found["stopped"].note=="not finished: step 20, it was stopped"
     assert found["export"].kind=="folder" and not found["export"].tuned and found["export"].parameters>0
     assert found["hub"].kind=="hub" and found["hub"].note=="llama"
     assert found["a/tuned/int8"].note=="int8" and found["a/tuned/int8"].tuned
@@ -175,6 +200,10 @@ def test_names_of_the_hub(home, monkeypatch, tmp_path_factory):
     assert shelf.base(shelf.load(home/"own")).entry.name=="some/body" and describe(home/"lost").base is None
     asked = find_models(["gpt2"])
     assert [(e.name, e.kind) for e in asked]==[("gpt2", "hub")] and "hub" in asked[0].note
+    monkeypatch.setenv("NANOGPT_DATA", str(store/"data")) # a name that the hub does not know
+    save_hub(store/"data/models/mine", make(position="rotary", norm="rms", mlp="swiglu", bias=False), TOK, "llama")
+    assert describe("mine").kind=="hub" and describe("mine").note=="llama" and shelf.load("mine").model is not None
+    assert describe("theirs").kind=="bad"
 
 def test_the_base_is_found_after_a_move(home, tmp_path_factory):
     to = tmp_path_factory.mktemp("else")/"there"

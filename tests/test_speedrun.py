@@ -4,6 +4,7 @@ import signal
 import subprocess
 
 import pytest
+from conftest import ROOT
 from mini import command, end, environment, log, numbers, reason, run, start, steps_done, wait
 
 # A miniature takes the demo's place, so that everything else is the real code path.
@@ -38,7 +39,9 @@ def test_the_card(unbroken):
     assert card["tokens"]==24*128+24*256 and card["seconds"]>0 and card["peak_memory_bytes"]>1e7
     assert len(card["samples"])==8 and all({"category", "prompt", "reference", "before", "after"} <= set(o) for o in card["samples"])
     assert reason(out/"base")==reason(out/"tuned")=="done" and (out/"base/model").is_dir() and (out/"tuned/model").is_dir()
-    assert f"nanogpt chat --terminal --model {out}/tuned" in done.stdout and "1/3" in done.stderr and "1/3" not in done.stdout
+    assert f"next: nanogpt chat --model {out}/tuned" in done.stdout and "1/3" in done.stderr and "1/3" not in done.stdout
+    recipe = (ROOT/"Makefile").read_text(encoding="utf-8").split("\ndemo:")[1].split("\n\n")[0]
+    assert done.stdout.count("next: ")==1 and "speedrun" in recipe and "chat" not in recipe # what to do next is said once
 
 def test_stopped_in_both_halves(unbroken, tmp_path):
     "SIGTERM in the base and in the tuning, started again by the same command: the same numbers, the same words."
