@@ -12,7 +12,6 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -106,8 +105,12 @@ def narrow(
 # %% ../nbs/10a_ready.ipynb #5ead0039
 MANY = 4 # texts at once: from here on a copy of the weights pays for itself
 
-@lru_cache
-def _tell(text): say(text) # once a process
+_told = set()
+
+def _tell(what, more):
+    "Once a process, however often it happens."
+    if what not in _told: say(f"{what}: {more}")
+    _told.add(what)
 
 def _pack(linears, rows):
     "A copy for each; whether that went well."
@@ -115,7 +118,7 @@ def _pack(linears, rows):
         for m in linears:
             w = m.weight.float() if m.weight.dtype==torch.float16 else m.weight
             m.packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
-    except (RuntimeError, AttributeError) as e: _tell(f"weights are not packed: {str(e).splitlines()[0]}"); return False
+    except (RuntimeError, AttributeError) as e: _tell("weights are not packed", str(e).splitlines()[0]); return False
     return True
 
 @contextmanager
@@ -127,11 +130,11 @@ def packed(
     "While it lasts, several rows are multiplied with a copy of the weights that lies as the processor's library reads it."
     linears = [m for m in model.modules() if isinstance(m, Narrow) and m.packed is None] if rows>=MANY else []
     size = sum(m.weight.numel()*(2 if m.weight.dtype==torch.bfloat16 else 4) for m in linears)
-    if size>room:
-        _tell(f"weights are not packed: that takes {human(size)}, {human(max(0, room))} are free; {rows} texts at once are slower so")
+    if size>(room := max(0, room)):
+        _tell("weights are not packed", f"that takes {human(size)}, {human(room)} are free; several texts at once will be slower")
         linears = []
     try:
-        if linears and _pack(linears, rows): _tell(f"weights are packed for several texts at once: {human(size)}, as long as they grow")
+        if linears and _pack(linears, rows): _tell("weights are packed for several texts at once", f"{human(size)}, as long as they grow")
         yield
     finally:
         for m in linears: m.packed = None
