@@ -86,13 +86,14 @@ def test_record_of_the_talk():
         assert len(talk_text(rows).splitlines())==2+len(rows) and talk_text(rows) in "\n".join(README)
         best = {who: max(r["tokens_per_second"] for r in rows if r["player"]==who) for who in ("ours", "llamacpp")}
         assert (best["ours"]>best["llamacpp"])==(b==8)                             # as the README says
+        if b==8: assert best["llamacpp"]<next(r["tokens_per_second"] for r in rows if (r["player"], r["kind"])==("ours", "float32"))
         assert len({(r["prompt"], r["tokens"], r["threads"], r["bandwidth"]) for r in rows})==1   # the same task, the same minutes
         same = {f"{r['player']} {r['kind']}": r["same"] for r in rows}
         assert same["transformers float32"]==same["llamacpp f16"]==1              # they run the same model
     assert record["promises"].keys()==(now := reached(record["rows"])).keys()
     for name, (_, had) in record["promises"].items(): assert round(now[name], 2)==had, name
     kept = {name for name, (wanted, had) in record["promises"].items() if had>=wanted}
-    assert {"prompt, bfloat16 ÷ transformers bfloat16", "batch 8 ÷ batch 1, float32"} <= kept
+    assert {"prompt, bfloat16 ÷ transformers bfloat16", "batch 8 ÷ batch 1, float32", "batch 8 ÷ batch 1, bfloat16"} <= kept
     assert max(v for v in record["ready"].values() if not isinstance(v, str))<1.5
     assert f"Measured on {record['date']} at {record['commit']} on an {record['machine']}." in README
 
