@@ -1,11 +1,12 @@
 "Quantised models from outside: a folder of whole numbers goes through the verbs, and what cannot be done with it is refused."
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from mini import one_message
+from mini import environment, one_message
 
 from nanogpt.checkpoint import load_model, save_model
 from nanogpt.core import CheckpointError
@@ -98,3 +99,23 @@ def test_no_rows(kind):
     make, dtype = KINDS[kind]
     linear = make(torch.nn.Linear(64, 32), 32).to(dtype)
     for shape in ((0, 64), (2, 0, 64)): assert linear(torch.zeros(shape, dtype=dtype)).shape==(*shape[:-1], 32)
+
+ANYWHERE = """
+import torch, torch.nn as nn
+from nanogpt.quant import Int8Linear
+for width in (24, 40, 72, 128):
+    for off in (0, 1, 8):
+        m = Int8Linear(nn.Linear(width, 64).bfloat16())
+        room = torch.zeros(64*width+64, dtype=torch.int8)
+        at = (-room.data_ptr())%64+off
+        m.q = room[at:at+64*width].view(64, width).copy_(m.q)
+        for rows in range(1, 7):
+            x = torch.randn(rows, width).bfloat16()
+            got, want = m(x).float(), x.float()@m.weight.float().T+m.bias.float()
+            assert (got-want).abs().max()<.02*want.abs().max(), (width, off, rows)
+"""
+
+def test_eight_bits_of_any_width_at_any_place():
+    "A mapped file promises no alignment, and a model any width: no number of rows meets a kernel that reads beyond, or ends the process."
+    done = subprocess.run([sys.executable, "-c", ANYWHERE], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode==0, (done.returncode, done.stderr[-400:])
