@@ -73,8 +73,8 @@ class Int8Linear(nn.Module):
         x:Tensor, # (M,I)
     )->Tensor:    # (M,O)
         "x times `weight`, transposed."
-        # a kernel of rows of whole 16s; for four texts it wants aligned memory, which a mapped file does not promise
-        if _quick(x, torch.bfloat16, 3) and x.size(-1)%16==0: return torch._weight_int8pack_mm(x, self.q, self.scale)
+        # a kernel for whole 64s: it reads beyond other rows, or wants them aligned, as it does for four texts; a mapped file is not
+        if _quick(x, torch.bfloat16, 3) and x.size(-1)%64==0: return torch._weight_int8pack_mm(x, self.q, self.scale)
         return F.linear(x, self.q.to(x.dtype))*self.scale.to(x.dtype)
     def forward(
         self,

@@ -418,7 +418,7 @@ def test_race_beside_a_rival(tmp_path):
     [o] = objects(done.stdout)
     assert "a rival may print" in done.stderr and set(o["rival"])==set(o["ratio"])=={"compiled", "documented"}
     for way, ratio in o["ratio"].items():
-        assert abs(ratio-o["tokens_per_second"]/o["rival"][way])<1e-9 and ratio<1 # it has one layer, ours six
+        assert abs(ratio-o["tokens_per_second"]/o["rival"][way])<1e-9
     write(tmp_path/"broken.py", "raise OSError('not here')")
     done = run(*words, "--versus", tmp_path/"broken.py", code=2)
     assert "OSError: not here" in done.stderr and done.stderr.rstrip().endswith("fix: look at its own message above")

@@ -103,7 +103,7 @@ def test_no_rows(kind):
 ANYWHERE = """
 import torch, torch.nn as nn
 from nanogpt.quant import Int8Linear
-for width in (24, 40, 72, 128):
+for width in (16, 24, 40, 72, 128, 192):
     for off in (0, 1, 8):
         m = Int8Linear(nn.Linear(width, 64).bfloat16())
         room = torch.zeros(64*width+64, dtype=torch.int8)
