@@ -160,7 +160,10 @@ function render({model, el}) {
     on(app(), "click", e => { if (e.target === app()) app().classList.remove("ng-show-left", "ng-show-right") })
     if (alone() && !narrow()) el.querySelector("textarea")?.focus()
   }
-  if (model.get("css").includes("ng-composer")) arrive()
+  if (model.get("css").includes("ng-composer")) {
+    arrive()
+    model.on("comm_live_update", () => el.querySelector(".ng-lost")?.removeAttribute("hidden")) // its Python is gone
+  }
   document.documentElement.dataset.theme ??= kept("localStorage", "ng-theme") || "auto"
   say("ready", model.get("css").split(" ")[0], {languages: navigator.languages.join(","), language: kept("localStorage", "ng-language"),
                                                 conversation: kept("sessionStorage", "ng-conversation")})

@@ -69,7 +69,7 @@ WANTS = { # a flag → one of those it needs, and why
     "--out": (["--prompts"], "a single answer is printed; > FILE keeps it"),
     "--logprobs": (["--json", "--prompts"], "only programs can read that"),
     "--ahead": (["--draft", "--lookup"], "who guesses?")}
-WANTS |= {f"--{k}": (["--beams"], "only a search knows it") for k in ("length_penalty", "early_stopping", "groups", "diversity")}
+WANTS |= {f"--{k}": (["--beams"], "only a search with beams knows it") for k in ("length_penalty", "early_stopping", "groups", "diversity")}
 
 # %% ../nbs/40c_flags.ipynb #40c00110
 def in_force(

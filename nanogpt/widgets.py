@@ -254,7 +254,8 @@ def composer_html(
     send = tag("button", _icon("send"), css="ng-press ng-send ng-main-act", aria_label=t("Send"), title=t("Send"))
     form = tag("form", name, box, press("stop", t("Stop"), "", "ng-stop ng-bare", "stop"), send, data_do="send")
     hint = tag("p", plain(t("Enter sends · Shift+Enter makes a new line · Escape stops · small models often err")), css="ng-hint")
-    return tag("div", editing, press("keep", t("Cancel")), css="ng-mending") + form + hint
+    lost = tag("p", plain(t("The model's process has ended: reload the page.")), css="ng-alert ng-lost", role="alert", hidden=True)
+    return tag("div", editing, press("keep", t("Cancel")), css="ng-mending") + lost + form + hint
 
 # %% ../nbs/19h_widgets.ipynb #aef55727
 def _input(c, value):

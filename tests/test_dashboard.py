@@ -442,6 +442,22 @@ def test_two_visitors_at_once(server, browser):
         assert a.questions()==["I am A"] and b.questions()==["I am B"]
         for v in (a, b): v.page.keyboard.press("Escape"); v.finished(1)
 
+def test_a_kernel_that_dies_is_told(models, browser, tmp_path):
+    "The page says in words that its Python is gone, and stays a page; another visit goes on with what was said."
+    with Server(models, tmp_path) as s, Visitor(browser, s.url) as v:
+        v.open()
+        v.pick("tuned")
+        assert v.ask("Who are you?")==SAID and not v.one(".ng-lost").is_visible()
+        [kernel] = s.kernels()
+        kernel.kill()
+        v.one(".ng-lost").wait_for(state="visible")
+        assert "process has ended" in v.one(".ng-lost").inner_text() and v.one(".ng-input").is_visible() and v.answers()==[SAID]
+        v.shot("15-kernel-gone")
+        v.errors.clear()                                                             # the browser may well complain now
+        v.open()
+        v.shows("() => document.querySelectorAll('.ng-user').length == 1")
+        assert v.answers()==[SAID] and not v.one(".ng-lost").is_visible()
+
 def test_a_kill_in_the_middle_of_an_answer(models, browser, tmp_path):
     "SIGKILL while an answer grows: every earlier turn is there afterwards, the question too, and the torn answer says so."
     with Server(models, tmp_path, "--max_tokens", 900) as s, Visitor(browser, s.url) as v:
