@@ -143,7 +143,7 @@ def predict_memory(
     ends = stream+e*N*C+cast+(8*N*cfg.head_width if cfg.position=="rotary" else 0)+(N*seq_len if packed else 0)
     again,busy = most_kept([stream]*L, [block]*L),2*e*N*cfg.inner+2*stream # busy: what a block needs while it goes back
     scores = int(12*N*V*(packed or 1))                              # only what is learned gets scores …
-    if compiled: scores = (2*e+4 if device.name!="cuda" else e+4*recompute)*N*V # … unless compiled; a GPU's way back writes over them
+    if compiled: scores = (2*e+4 if device.name!="cuda" else e+4*recompute)*N*V # … unless compiled; measured: a GPU writes over them
     moments = [
         dict(gradients=before, activations=(L*stream if recompute else L*block)+ends, logits=scores),                # the way back begins
         dict(gradients=before+table, activations=(again if recompute else L*block)+busy, logits=0),                  # … reaches the blocks
